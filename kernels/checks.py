@@ -1,0 +1,101 @@
+"""Checks of arguments, each with a message that names the argument, what came and the fix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .backend import checks_targets
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_positive(**values: float | None) -> None:
+    """Every given value is a positive number; infinity passes, None is skipped."""
+    for name, value in values.items():
+        if value is not None and not (value > 0):
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_finite(**values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+
+
+def check_name(argument: str, name: str, known) -> None:
+    """`name` is a key of the table `known`."""
+    if name not in known:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {name!r}")
+
+
+def check_rows(logits: Tensor, target: Tensor, *, mask: Tensor | None, temperature: float) -> None:
+    """The arguments that every row kernel shares."""
+    if logits.dim() not in (2, 3):
+        raise ValueError(
+            f"logits must have shape (N, V) or (B, T, V), got {tuple(logits.shape)}: reshape them"
+        )
+    if logits.dtype not in FLOATS:
+        raise ValueError(
+            f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one column, got {tuple(logits.shape)}")
+    check_per_token("target", target, logits)
+    if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
+        raise ValueError(f"target must hold integers, got {target.dtype}: cast it to torch.int64")
+    if mask is not None:
+        check_per_token("mask", mask, logits)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool, got {mask.dtype}: pass mask.bool()")
+    check_positive(temperature=temperature)
+    check_finite(temperature=temperature)
+
+
+def check_per_token(name: str, value: Tensor, logits: Tensor) -> None:
+    """One value a token, on the logits' device."""
+    if value.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the leading shape of logits, {tuple(logits.shape[:-1])}, got "
+            f"{tuple(value.shape)} for logits {tuple(logits.shape)}"
+        )
+    if value.device != logits.device:
+        raise ValueError(
+            f"{name} must be on the device of logits, '{logits.device}', got '{value.device}'"
+        )
+
+
+def check_inplace(logits: Tensor, inplace_backward: bool) -> None:
+    """The logits' storage may take the gradient: no leaf, no two elements at one address."""
+    if not inplace_backward or not logits.requires_grad:
+        return
+    if logits.is_leaf:
+        raise ValueError(
+            "inplace_backward would overwrite logits that are a leaf (a parameter or an input "
+            "that requires grad): pass inplace_backward=False"
+        )
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
+    ):
+        raise ValueError(
+            "inplace_backward needs logits with storage of their own, got an expanded tensor: "
+            "pass inplace_backward=False or logits.contiguous()"
+        )
+
+
+def check_targets_in_range(
+    target: Tensor, mask: Tensor | None, vocabulary: int, backend: str
+) -> None:
+    """Raises where the host may look at the targets; elsewhere a bad row becomes NaN."""
+    if not checks_targets(backend, target):
+        return
+    bad = (target < 0) | (target >= vocabulary)
+    bad = bad if mask is None else bad & mask
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"target must lie in [0, {vocabulary}) where the mask is true, got "
+            f"{target[where].item()} at position {where}: mask the token out or mend the target"
+        )

@@ -1,0 +1,58 @@
+"""Per-token estimators of KL(pi || pi_ref) from a sampled token, with their derivatives.
+
+With d = logp - ref_logp: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d
+(Schulman 2020, http://joschu.net/blog/kl-approx.html).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .backend import tl, triton
+
+
+def k1(logp, ref_logp):
+    """Unbiased, may be negative. As a loss its gradient is zero in expectation on-policy."""
+    return logp - ref_logp, torch.ones_like(logp)
+
+
+def k2(logp, ref_logp):
+    """Biased, low variance. As a loss its on-policy gradient is that of KL(pi || pi_ref)."""
+    difference = logp - ref_logp
+    return 0.5 * difference * difference, difference
+
+
+def k3(logp, ref_logp):
+    """Unbiased and positive. As a loss its on-policy gradient is that of KL(pi_ref || pi)."""
+    difference = ref_logp - logp
+    excess = torch.expm1(difference)
+    return excess - difference, -excess
+
+
+# name -> (logp, ref_logp) -> (kl, dkl/dlogp)
+KL_ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"k1": k1, "k2": k2, "k3": k3}
+
+
+@triton.jit
+def token_kl(logp, ref_logp, ESTIMATOR: tl.constexpr):
+    """The jitted twin of KL_ESTIMATORS[ESTIMATOR]."""
+    difference = logp - ref_logp
+    if ESTIMATOR == "k1":
+        kl, dkl = difference, difference * 0 + 1
+    elif ESTIMATOR == "k2":
+        kl, dkl = 0.5 * difference * difference, difference
+    else:
+        tl.static_assert(ESTIMATOR == "k3")
+        excess = _expm1(-difference)
+        kl, dkl = excess + difference, -excess
+    return kl, dkl
+
+
+@triton.jit
+def _expm1(x):
+    # exp(x) - 1 cancels for small x, where a Taylor series does not
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
+    return tl.where(tl.abs(x) < 0.125, series, tl.exp(x) - 1)

@@ -1,0 +1,222 @@
+"""The row operations in plain PyTorch, for CPUs and every device that Triton does not serve.
+
+They go through blocks of rows in float32 (float64 for float64 logits): a block is brought to
+cache, shifted by its maximum and exponentiated once, so no second (N, V) tensor is ever made.
+The gradient is written by hand:
+    dz = (at_target 1[target] + p (at_softmax - at_entropy (log p + H))) / T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .surrogates import policy_terms
+
+CACHED_BYTES = 4 << 20  # of a block in working precision, for each thread
+FLOOR = -1e30  # stands for -inf where 0 * -inf would make NaN
+
+
+def statistics_dtype(logits: Tensor) -> torch.dtype:
+    """float64 for float64 logits, else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def empty_statistics(target: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    return [torch.empty(target.shape, dtype=dtype, device=target.device) for _ in range(count)]
+
+
+def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:
+    """Where a gradient goes: the logits' own storage where permitted and possible, else new memory.
+
+    Autograd then refuses any later use of logits that it had saved.
+    """
+    if not inplace or not _Matrix(logits).is_view:
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()
+
+
+def token_logprob_forward(logits, target, mask, temperature, with_entropy):
+    """(logp, entropy | None, lse, row_max, log_sum), zeros where the mask is false."""
+    results = empty_statistics(target, statistics_dtype(logits), 5)
+    logp, lse, row_max, log_sum, entropy = flat = [result.zero_().view(-1) for result in results]
+    matrix, target = _Matrix(logits), target.reshape(-1)
+    blocks = _Blocks(logits)
+    for rows in blocks.select(mask, target):
+        x, p, row_max[rows], log_sum[rows] = blocks.softmax(matrix.read(rows), temperature)
+        logp[rows] = _at(x, target[rows]) - log_sum[rows]
+        if with_entropy:
+            entropy[rows] = log_sum[rows] - _expectation(p, x)
+    torch.add(row_max / temperature, log_sum, out=lse)
+    *results, entropy = (
+        part.view(result.shape) for part, result in zip(flat, results, strict=True)
+    )
+    logp, lse, row_max, log_sum = results
+    return logp, entropy if with_entropy else None, lse, row_max, log_sum
+
+
+def token_logprob_backward(
+    logits, dlogits, target, mask, entropy, row_max, log_sum, dlogp, dlse, dentropy, temperature
+):
+    """Writes the gradient into dlogits, which may be the logits themselves."""
+    target = target.reshape(-1)
+    zero = torch.zeros_like(row_max)
+    at_target = (zero if dlogp is None else dlogp).reshape(-1)
+    at_softmax = (zero if dlse is None else dlse).reshape(-1) - at_target
+    at_entropy = None if dentropy is None else dentropy.reshape(-1)
+    flows = (at_target != 0) | (at_softmax != 0)
+    if at_entropy is not None:
+        flows |= at_entropy != 0
+        entropy = entropy.reshape(-1)
+    if mask is not None:
+        flows &= mask.reshape(-1)
+    source, sink = _Matrix(logits), _Matrix(dlogits)
+    sink.zero(~flows)
+    blocks = _Blocks(logits)
+    for rows in blocks.select(flows, target):
+        x, p, _, log_sum_rows = blocks.softmax(source.read(rows), temperature)
+        sink.write(rows, _gradient(
+            x, p, log_sum_rows, None if at_entropy is None else entropy[rows], target[rows],
+            at_target[rows], at_softmax[rows], None if at_entropy is None else at_entropy[rows],
+            temperature,
+        ))  # fmt: skip
+
+
+def policy_loss_forward_backward(
+    logits, dlogits, target, advantage, old_logp, ref_logp, ratio, weight, options, temperature
+):
+    """Loss and gradient in one pass: (loss, logp, entropy, kl | None, clipped), each per token.
+
+    The losses and the gradient written into dlogits (which may be the logits) carry `weight`.
+    """
+    results = [t.zero_() for t in empty_statistics(target, statistics_dtype(logits), 4)]
+    loss, logp, entropy, kl = (result.view(-1) for result in results)
+    clipped = torch.zeros(target.shape, dtype=torch.bool, device=target.device)
+    target, weight, advantage = target.reshape(-1), weight.view(-1), advantage.view(-1)
+    given = [None if t is None else t.view(-1) for t in (old_logp, ref_logp, ratio)]
+    source, sink = _Matrix(logits), _Matrix(dlogits)
+    sink.zero(weight == 0)
+    blocks = _Blocks(logits)
+    for rows in blocks.select(weight != 0, target):
+        x, p, _, log_sum = blocks.softmax(source.read(rows), temperature)
+        logp[rows] = _at(x, target[rows]) - log_sum
+        entropy[rows] = log_sum - _expectation(p, x)
+        terms = policy_terms(
+            logp[rows], entropy[rows], advantage[rows],
+            *(None if t is None else t[rows] for t in given), options,
+        )  # fmt: skip
+        share = weight[rows]
+        loss[rows] = terms.loss * share
+        clipped.view(-1)[rows] = terms.clipped
+        if terms.kl is not None:
+            kl[rows] = terms.kl
+        dlogp = terms.dlogp * share
+        at_entropy = -options.entropy_coef * share if options.entropy_coef else None
+        sink.write(rows, _gradient(
+            x, p, log_sum, entropy[rows], target[rows], dlogp, -dlogp, at_entropy, temperature
+        ))  # fmt: skip
+    loss, logp, entropy, kl = results
+    return loss, logp, entropy, None if ref_logp is None else kl, clipped
+
+
+class _Matrix:
+    """The (N, V) rows behind (N, V) or (B, T, V), without a copy where the strides allow it."""
+
+    def __init__(self, tensor: Tensor):
+        self.index, self.is_view = None, True
+        if tensor.dim() == 2:
+            self.rows = tensor
+            return
+        (batch, length, vocabulary), (stride_b, stride_t, stride_v) = tensor.shape, tensor.stride()
+        if batch * length == 0 or batch == 1 or stride_b == length * stride_t:
+            self.rows = tensor.flatten(0, 1)
+        elif stride_t > 0 and stride_b % stride_t == 0:
+            # a slice such as logits[:, :-1]: the rows of a taller matrix, some left out
+            step = stride_b // stride_t
+            shape = ((batch - 1) * step + length, vocabulary)
+            self.rows = tensor.as_strided(shape, (stride_t, stride_v))
+            starts = torch.arange(batch, device=tensor.device)[:, None] * step
+            self.index = (starts + torch.arange(length, device=tensor.device)).view(-1)
+        else:
+            self.rows, self.is_view = tensor.reshape(-1, vocabulary), False
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        return self.rows[rows if self.index is None else self.index[rows]]
+
+    def write(self, rows: slice | Tensor, values: Tensor) -> None:
+        self.rows[rows if self.index is None else self.index[rows]] = values.to(self.rows.dtype)
+
+    def zero(self, where: Tensor) -> None:
+        rows = where.nonzero().squeeze(-1)
+        self.rows.index_fill_(0, rows if self.index is None else self.index[rows], 0)
+
+
+class _Blocks:
+    """Working memory for a block of rows, and the blocks that make up a batch."""
+
+    def __init__(self, logits: Tensor):
+        vocabulary, dtype = logits.shape[-1], statistics_dtype(logits)
+        threads = torch.get_num_threads()
+        fitting = CACHED_BYTES * threads // (vocabulary * dtype.itemsize)
+        self.size = min(max(fitting, threads), max(logits.shape[:-1].numel(), 1))
+        shape = (self.size, vocabulary)
+        self.x = torch.empty(shape, dtype=dtype, device=logits.device)
+        self.p = torch.empty(shape, dtype=dtype, device=logits.device)
+
+    def select(self, keep: Tensor | None, target: Tensor) -> Iterator[slice | Tensor]:
+        """Row selectors, a block's each: slices where rows are neighbours, else indices."""
+        if keep is None or keep.all():
+            for start in range(0, target.numel(), self.size):
+                yield slice(start, min(start + self.size, target.numel()))
+            return
+        for rows in keep.reshape(-1).nonzero().squeeze(-1).split(self.size):
+            if rows.numel():
+                first, last = rows[0].item(), rows[-1].item()
+                yield slice(first, last + 1) if last - first + 1 == rows.numel() else rows
+
+    def softmax(self, block: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x = z - max z and p = softmax z, (n, V); the logits' max and log sum exp x, (n,)."""
+        x, p = self.x[: block.shape[0]], self.p[: block.shape[0]]
+        x.copy_(block)
+        row_max = x.amax(-1, keepdim=True)
+        x.sub_(row_max)
+        if temperature != 1:
+            x.mul_(1 / temperature)
+        torch.softmax(x, -1, out=p)
+        # the largest x is 0, so the largest p is 1 / sum exp x
+        return x, p, row_max.squeeze(-1), -p.amax(-1).log_()
+
+
+def _at(x: Tensor, target: Tensor) -> Tensor:
+    """x at each row's target, NaN where the target is no column."""
+    target = target.long()
+    inside = (target >= 0) & (target < x.shape[-1])
+    chosen = x.gather(-1, torch.where(inside, target, 0)[:, None]).squeeze(-1)
+    return torch.where(inside, chosen, torch.nan)
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """sum_j p_j x_j, with 0 * -inf = 0. May floor x in place."""
+    total = torch.linalg.vecdot(p, x)
+    if total.isnan().any():
+        total = torch.linalg.vecdot(p, x.clamp_(min=FLOOR))
+    return total
+
+
+def _gradient(x, p, log_sum, entropy, target, at_target, at_softmax, at_entropy, temperature):
+    """The block's gradient, in the memory of p (and x)."""
+    target = target.long()
+    inside = (target >= 0) & (target < p.shape[-1])
+    at_softmax = torch.where(inside, at_softmax, torch.nan) / temperature
+    if at_entropy is None:
+        p.mul_(at_softmax[:, None])
+    else:
+        at_entropy = at_entropy / temperature
+        x.clamp_(min=FLOOR).mul_(-at_entropy[:, None])
+        x.add_((at_softmax - at_entropy * (entropy - log_sum))[:, None])
+        p.mul_(x)
+    column = torch.where(inside, target, 0)[:, None]
+    return p.scatter_add_(-1, column, (at_target / temperature)[:, None])

@@ -1,0 +1,77 @@
+"""What each Triton kernel is compiled with, for compilers and disassemblers that need no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from . import policy_loss, token_logprob
+from .rows import ONE_SWEEP_TILE, TWO_SWEEP_TILE, choose_launch
+from .surrogates import SURROGATES
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+SHAPE = dict.fromkeys(token_logprob.UNSPECIALIZED, "i32")
+
+
+def compile_specs(
+    vocabularies: tuple[int, ...] = (50257, 128256, 151936),
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32),
+) -> Iterator[dict[str, object]]:
+    """Every kernel at its launch values: dicts of name, fn, signature, constexprs and options.
+
+    A signature maps each parameter to its Triton type, "constexpr" for those in constexprs. The
+    vocabulary is a run-time value; it only chooses the tile.
+    """
+    for dtype in dtypes:
+        for vocabulary in vocabularies:
+            for name, (fn, tile, signature, constants) in _kernels(POINTERS[dtype]).items():
+                launch = choose_launch(vocabulary, dtype.itemsize, tile)
+                constants = {**constants, "BLOCK": launch.BLOCK}
+                yield {
+                    "name": f"{name}[{dtype}, V={vocabulary}]".replace("torch.", ""),
+                    "fn": fn,
+                    "signature": {**signature, **dict.fromkeys(constants, "constexpr")},
+                    "constexprs": constants,
+                    "options": launch.compiler_options(),
+                }
+
+
+def _kernels(logits: str) -> dict[str, tuple]:
+    row = dict.fromkeys(["Logp", "Entropy", "Lse", "RowMax", "LogSum"], "*fp32")
+    given = dict.fromkeys(["Advantage", "OldLogp", "RefLogp", "Ratio", "Weight"], "*fp32")
+    strides = {k: v for k, v in SHAPE.items() if not k.startswith("dstride")}
+    ppo = SURROGATES["ppo_clip"]
+    return {
+        "token_logprob_forward": (
+            token_logprob._token_logprob_forward_kernel,
+            ONE_SWEEP_TILE,
+            {"Logits": logits, "Target": "*i64", "Mask": "*i1", **row, **strides}
+            | {"inv_temperature": "fp32"},
+            {},
+        ),
+        "token_logprob_backward": (
+            token_logprob._token_logprob_backward_kernel,
+            ONE_SWEEP_TILE,
+            {"Logits": logits, "Dlogits": logits, "Target": "*i64", "Mask": "*i1"}
+            | dict.fromkeys(["Entropy", "RowMax", "LogSum", "Dlogp", "Dlse", "Dentropy"], "*fp32")
+            | {**SHAPE, "inv_temperature": "fp32"},
+            {"SAME_PHASE": True},
+        ),
+        "policy_loss": (
+            policy_loss._policy_loss_kernel,
+            TWO_SWEEP_TILE,
+            {"Logits": logits, "Dlogits": logits, "Target": "*i64", **given}
+            | dict.fromkeys(["Loss", "Logp", "Entropy", "KL"], "*fp32")
+            | {"Clipped": "*i1", **SHAPE}
+            | dict.fromkeys(["inv_temperature", "beta", "entropy_coef"], "fp32")
+            | {"parameters": ("fp32",) * len(ppo.parameters)},
+            {"SURROGATE": ppo.triton, "KL_ESTIMATOR": "k3", "SAME_PHASE": True},
+        ),
+        "scale_rows": (
+            policy_loss._scale_rows_kernel,
+            ONE_SWEEP_TILE,
+            {"Rows": logits, "Scale": "*fp32", **strides},
+            {},
+        ),
+    }

@@ -1,0 +1,8 @@
+"""Packaging that pyproject.toml cannot express: the folder kernels/ installs as rlcore.kernels."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["rlcore*"]), "rlcore.kernels"],
+    package_dir={"rlcore.kernels": "kernels"},
+)
