@@ -49,6 +49,8 @@ def token_weight(
         raise ValueError(f"num_items must be positive, got {num_items}")
     if isinstance(norm_length, int | float) and not norm_length > 0:
         raise ValueError(f"norm_length must be positive, got {norm_length}")
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, mask)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(mask.device, dtype)
     weight = AGGREGATIONS[loss_agg_mode](mask, num_items, norm_length, cu_seqlens, dtype)
@@ -101,20 +103,34 @@ def _counts(mask: Tensor, cu_seqlens: Tensor | None, mode: str) -> tuple[Tensor,
 
 def sequence_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """Index (N,) of the packed sequence that each token belongs to."""
+    positions = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, mask: Tensor) -> None:
+    if mask.dim() == 2:
+        raise ValueError(
+            "cu_seqlens belongs to packed (N,) tokens, but the logits are (B, T, V), whose rows "
+            "are the sequences already: leave it None"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.shape[0] < 2:
         raise ValueError(
             "cu_seqlens must be integers of shape (B + 1,), got "
             f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device.type == "cpu" and (
-        cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens or (cu_seqlens.diff() < 0).any()
-    ):
+    if cu_seqlens.device != mask.device:
+        raise ValueError(
+            f"cu_seqlens must be on the device of logits, '{mask.device}', got "
+            f"'{cu_seqlens.device}'"
+        )
+    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
+        return
+    num_tokens = mask.shape[0]
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens or (cu_seqlens.diff() < 0).any():
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}; "
             f"got {cu_seqlens.tolist()}"
         )
-    positions = torch.arange(num_tokens, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)
 
 
 AGGREGATIONS: dict[str, Callable[..., Tensor]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .surrogates import policy_terms
 
-CACHED_BYTES = 4 << 20  # of a block in working precision, for each thread
+CACHED_BYTES = 3 << 20  # of a block in working precision, for each thread
 FLOOR = -1e30  # stands for -inf where 0 * -inf would make NaN
 
 
@@ -40,49 +40,53 @@ def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:
 
 
 def token_logprob_forward(logits, target, mask, temperature, with_entropy):
-    """(logp, entropy | None, lse, row_max, log_sum), zeros where the mask is false."""
-    results = empty_statistics(target, statistics_dtype(logits), 5)
-    logp, lse, row_max, log_sum, entropy = flat = [result.zero_().view(-1) for result in results]
+    """(logp, entropy | None, lse), zeros where the mask is false."""
+    results = [t.zero_() for t in empty_statistics(target, statistics_dtype(logits), 3)]
+    logp, lse, entropy = (result.view(-1) for result in results)
     matrix, target = _Matrix(logits), target.reshape(-1)
-    blocks = _Blocks(logits)
+    blocks = _Blocks(logits, with_entropy)
     for rows in blocks.select(mask, target):
-        x, p, row_max[rows], log_sum[rows] = blocks.softmax(matrix.read(rows), temperature)
-        logp[rows] = _at(x, target[rows]) - log_sum[rows]
+        block = matrix.read(rows)
         if with_entropy:
-            entropy[rows] = log_sum[rows] - _expectation(p, x)
-    torch.add(row_max / temperature, log_sum, out=lse)
-    *results, entropy = (
-        part.view(result.shape) for part, result in zip(flat, results, strict=True)
-    )
-    logp, lse, row_max, log_sum = results
-    return logp, entropy if with_entropy else None, lse, row_max, log_sum
+            x, p, row_max, log_sum = blocks.softmax(block, temperature)
+            logp[rows] = _at(x, target[rows]) - log_sum
+            lse[rows] = row_max / temperature + log_sum
+            entropy[rows] = log_sum - _expectation(p, x)
+        else:
+            logp[rows], lse[rows] = blocks.log_softmax_at(block, target[rows], temperature)
+    logp, lse, entropy = results
+    return logp, entropy if with_entropy else None, lse
 
 
 def token_logprob_backward(
-    logits, dlogits, target, mask, entropy, row_max, log_sum, dlogp, dlse, dentropy, temperature
+    logits, dlogits, target, mask, entropy, dlogp, dlse, dentropy, temperature
 ):
     """Writes the gradient into dlogits, which may be the logits themselves."""
     target = target.reshape(-1)
-    zero = torch.zeros_like(row_max)
-    at_target = (zero if dlogp is None else dlogp).reshape(-1)
-    at_softmax = (zero if dlse is None else dlse).reshape(-1) - at_target
-    at_entropy = None if dentropy is None else dentropy.reshape(-1)
+    zero = torch.zeros(target.shape, dtype=statistics_dtype(logits), device=target.device)
+    at_target = zero if dlogp is None else dlogp.reshape(-1)
+    at_softmax = (zero if dlse is None else dlse.reshape(-1)) - at_target
     flows = (at_target != 0) | (at_softmax != 0)
-    if at_entropy is not None:
+    if dentropy is not None:
+        at_entropy, entropy = dentropy.reshape(-1), entropy.reshape(-1)
         flows |= at_entropy != 0
-        entropy = entropy.reshape(-1)
     if mask is not None:
         flows &= mask.reshape(-1)
     source, sink = _Matrix(logits), _Matrix(dlogits)
     sink.zero(~flows)
-    blocks = _Blocks(logits)
+    blocks = _Blocks(logits, dentropy is not None)
     for rows in blocks.select(flows, target):
-        x, p, _, log_sum_rows = blocks.softmax(source.read(rows), temperature)
-        sink.write(rows, _gradient(
-            x, p, log_sum_rows, None if at_entropy is None else entropy[rows], target[rows],
-            at_target[rows], at_softmax[rows], None if at_entropy is None else at_entropy[rows],
-            temperature,
-        ))  # fmt: skip
+        block = source.read(rows)
+        if dentropy is None:
+            p = blocks.probabilities(block, temperature)
+            entropy_part = None
+        else:
+            x, p, _, log_sum = blocks.softmax(block, temperature)
+            entropy_part = (x, at_entropy[rows], entropy[rows] - log_sum)
+        dz = _gradient(
+            p, target[rows], at_target[rows], at_softmax[rows], entropy_part, temperature
+        )
+        sink.write(rows, dz)
 
 
 def policy_loss_forward_backward(
@@ -99,7 +103,7 @@ def policy_loss_forward_backward(
     given = [None if t is None else t.view(-1) for t in (old_logp, ref_logp, ratio)]
     source, sink = _Matrix(logits), _Matrix(dlogits)
     sink.zero(weight == 0)
-    blocks = _Blocks(logits)
+    blocks = _Blocks(logits, True)
     for rows in blocks.select(weight != 0, target):
         x, p, _, log_sum = blocks.softmax(source.read(rows), temperature)
         logp[rows] = _at(x, target[rows]) - log_sum
@@ -114,10 +118,10 @@ def policy_loss_forward_backward(
         if terms.kl is not None:
             kl[rows] = terms.kl
         dlogp = terms.dlogp * share
-        at_entropy = -options.entropy_coef * share if options.entropy_coef else None
-        sink.write(rows, _gradient(
-            x, p, log_sum, entropy[rows], target[rows], dlogp, -dlogp, at_entropy, temperature
-        ))  # fmt: skip
+        entropy_part = None
+        if options.entropy_coef:
+            entropy_part = (x, -options.entropy_coef * share, entropy[rows] - log_sum)
+        sink.write(rows, _gradient(p, target[rows], dlogp, -dlogp, entropy_part, temperature))
     loss, logp, entropy, kl = results
     return loss, logp, entropy, None if ref_logp is None else kl, clipped
 
@@ -157,14 +161,14 @@ class _Matrix:
 class _Blocks:
     """Working memory for a block of rows, and the blocks that make up a batch."""
 
-    def __init__(self, logits: Tensor):
+    def __init__(self, logits: Tensor, with_entropy: bool):
         vocabulary, dtype = logits.shape[-1], statistics_dtype(logits)
         threads = torch.get_num_threads()
         fitting = CACHED_BYTES * threads // (vocabulary * dtype.itemsize)
         self.size = min(max(fitting, threads), max(logits.shape[:-1].numel(), 1))
         shape = (self.size, vocabulary)
         self.x = torch.empty(shape, dtype=dtype, device=logits.device)
-        self.p = torch.empty(shape, dtype=dtype, device=logits.device)
+        self.p = torch.empty_like(self.x) if with_entropy else None
 
     def select(self, keep: Tensor | None, target: Tensor) -> Iterator[slice | Tensor]:
         """Row selectors, a block's each: slices where rows are neighbours, else indices."""
@@ -176,6 +180,32 @@ class _Blocks:
             if rows.numel():
                 first, last = rows[0].item(), rows[-1].item()
                 yield slice(first, last + 1) if last - first + 1 == rows.numel() else rows
+
+    def probabilities(self, block: Tensor, temperature: float) -> Tensor:
+        """p = softmax z, (n, V)."""
+        z = self._scaled(block, temperature)
+        return torch.softmax(z, -1, out=z)
+
+    def log_softmax_at(
+        self, block: Tensor, target: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """(logp of the target, lse), each (n,)."""
+        z = self._scaled(block, temperature)
+        chosen = _at(z, target)
+        every_logp = torch.log_softmax(z, -1, out=z)
+        logp = _at(every_logp, target)
+        lse = chosen - logp
+        # far below the maximum that difference cancels: take the most likely column instead
+        far = ~(logp > -50)
+        if far.any():
+            lse[far] = block[far].amax(-1).to(z.dtype) / temperature - every_logp[far].amax(-1)
+        return logp, lse
+
+    def _scaled(self, block: Tensor, temperature: float) -> Tensor:
+        """The block in working memory and precision, divided by the temperature."""
+        # softmax and log_softmax over rows may write over their input, which halves the memory
+        z = self.x[: block.shape[0]].copy_(block)
+        return z if temperature == 1 else z.mul_(1 / temperature)
 
     def softmax(self, block: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x = z - max z and p = softmax z, (n, V); the logits' max and log sum exp x, (n,)."""
@@ -206,17 +236,20 @@ def _expectation(p: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-def _gradient(x, p, log_sum, entropy, target, at_target, at_softmax, at_entropy, temperature):
-    """The block's gradient, in the memory of p (and x)."""
+def _gradient(p, target, at_target, at_softmax, entropy_part, temperature):
+    """The block's gradient, in the memory of p.
+
+    entropy_part is None or (x, at_entropy, H - log sum exp x); x is used up.
+    """
     target = target.long()
     inside = (target >= 0) & (target < p.shape[-1])
     at_softmax = torch.where(inside, at_softmax, torch.nan) / temperature
-    if at_entropy is None:
+    if entropy_part is None:
         p.mul_(at_softmax[:, None])
     else:
+        x, at_entropy, offset = entropy_part
         at_entropy = at_entropy / temperature
         x.clamp_(min=FLOOR).mul_(-at_entropy[:, None])
-        x.add_((at_softmax - at_entropy * (entropy - log_sum))[:, None])
-        p.mul_(x)
+        p.mul_(x.add_((at_softmax - at_entropy * offset)[:, None]))
     column = torch.where(inside, target, 0)[:, None]
     return p.scatter_add_(-1, column, (at_target / temperature)[:, None])

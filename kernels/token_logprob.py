@@ -190,13 +190,32 @@ def memory_for(backend: str):
 
 def _forward(logits, target, mask, temperature, with_entropy, backend):
     check_targets_in_range(target, mask, logits.shape[-1], backend)
-    run = _launch_forward if backend == "triton" else reference.token_logprob_forward
-    return run(logits, target, mask, temperature, with_entropy)
+    arguments = (logits, target, mask, temperature, with_entropy)
+    if backend == "triton":
+        return _launch_forward(*arguments)
+    return *reference.token_logprob_forward(*arguments), None, None
 
 
-def _backward(backend, *arguments):
-    run = _launch_backward if backend == "triton" else reference.token_logprob_backward
-    run(*arguments)
+def _backward(
+    backend,
+    logits,
+    dlogits,
+    target,
+    mask,
+    entropy,
+    row_max,
+    log_sum,
+    dlogp,
+    dlse,
+    dentropy,
+    temperature,
+):
+    given = (logits, dlogits, target, mask, entropy)
+    if backend == "triton":
+        _launch_backward(*given, row_max, log_sum, dlogp, dlse, dentropy, temperature)
+    else:
+        # starts from the logits again, so it needs neither row_max nor log_sum
+        reference.token_logprob_backward(*given, dlogp, dlse, dentropy, temperature)
 
 
 class _TokenLogprob(torch.autograd.Function):
@@ -233,19 +252,19 @@ def token_logprob_op(
     with_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse, row_max, log_sum); without entropy, an empty tensor in its place."""
-    logp, entropy, lse, row_max, log_sum = _forward(
-        logits, target, mask, temperature, with_entropy, backend
-    )
-    return logp, logp.new_empty(0) if entropy is None else entropy, lse, row_max, log_sum
+    """(logp, entropy, lse, row_max, log_sum); what a call does without is an empty tensor."""
+    parts = _forward(logits, target, mask, temperature, with_entropy, backend)
+    return tuple(parts[0].new_empty(0) if part is None else part for part in parts)
 
 
 @token_logprob_op.register_fake
 def _(logits, target, mask, temperature, with_entropy, backend):
+    present = (True, with_entropy, True, backend == "triton", backend == "triton")
     dtype = reference.statistics_dtype(logits)
-    shape = [target.shape] * 5
-    shape[1] = target.shape if with_entropy else (0,)
-    return tuple(torch.empty(s, dtype=dtype, device=logits.device) for s in shape)
+    return tuple(
+        torch.empty(target.shape if is_present else (0,), dtype=dtype, device=logits.device)
+        for is_present in present
+    )
 
 
 @torch.library.custom_op("rlcore::token_logprob_backward", mutates_args=())
@@ -254,8 +273,8 @@ def token_logprob_backward_op(
     target: Tensor,
     mask: Tensor | None,
     entropy: Tensor | None,
-    row_max: Tensor,
-    log_sum: Tensor,
+    row_max: Tensor | None,
+    log_sum: Tensor | None,
     dlogp: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
