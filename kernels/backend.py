@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -94,11 +95,25 @@ def checks_targets(backend: str, tensor: Tensor) -> bool:
 def takes_short_way(*tensors: Tensor | None) -> bool:
     """True in plain eager mode, where an autograd.Function costs less than a registered operator.
 
-    False under torch.compile, fake tensors, dispatch modes (FLOP counters, selective
-    checkpointing) and functorch transforms, which must see the registered operator.
+    False under torch.compile, fake tensors and dispatch modes (FLOP counters, selective
+    checkpointing), which must see the registered operator. Forward-mode derivatives and
+    torch.func transforms raise NotImplementedError: an operator would lose their tangents.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    _refuse_transforms(tensors)
+    if torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
+    forward_mode = forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+    if forward_mode or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "rlcore's operators have no forward-mode derivative and no torch.func rule: use "
+            "backward() or torch.autograd.grad; for a curvature product, transform the model "
+            "alone and use its logits"
+        )

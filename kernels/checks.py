@@ -31,39 +31,46 @@ def check_name(argument: str, name: str, known) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {name!r}")
 
 
-def check_rows(logits: Tensor, target: Tensor, *, mask: Tensor | None, temperature: float) -> None:
-    """The arguments that every row kernel shares."""
-    if logits.dim() not in (2, 3):
+def check_rows(
+    rows: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None,
+    temperature: float,
+    name: str = "logits",
+) -> None:
+    """The arguments that every row kernel shares; `rows` are the argument called `name`."""
+    width = "V" if name == "logits" else "H"
+    if rows.dim() not in (2, 3):
         raise ValueError(
-            f"logits must have shape (N, V) or (B, T, V), got {tuple(logits.shape)}: reshape them"
+            f"{name} must have shape (N, {width}) or (B, T, {width}), got {tuple(rows.shape)}: "
+            "reshape them"
         )
-    if logits.dtype not in FLOATS:
-        raise ValueError(
-            f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}"
-        )
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have at least one column, got {tuple(logits.shape)}")
-    check_per_token("target", target, logits)
+    if rows.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {rows.dtype}")
+    if rows.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one column, got {tuple(rows.shape)}")
+    check_per_token("target", target, rows, name)
     if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
         raise ValueError(f"target must hold integers, got {target.dtype}: cast it to torch.int64")
     if mask is not None:
-        check_per_token("mask", mask, logits)
+        check_per_token("mask", mask, rows, name)
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool, got {mask.dtype}: pass mask.bool()")
     check_positive(temperature=temperature)
     check_finite(temperature=temperature)
 
 
-def check_per_token(name: str, value: Tensor, logits: Tensor) -> None:
-    """One value a token, on the logits' device."""
-    if value.shape != logits.shape[:-1]:
+def check_per_token(argument: str, value: Tensor, rows: Tensor, name: str = "logits") -> None:
+    """One value a token, on the device of the rows."""
+    if value.shape != rows.shape[:-1]:
         raise ValueError(
-            f"{name} must have the leading shape of logits, {tuple(logits.shape[:-1])}, got "
-            f"{tuple(value.shape)} for logits {tuple(logits.shape)}"
+            f"{argument} must have the leading shape of {name}, {tuple(rows.shape[:-1])}, got "
+            f"{tuple(value.shape)} for {name} {tuple(rows.shape)}"
         )
-    if value.device != logits.device:
+    if value.device != rows.device:
         raise ValueError(
-            f"{name} must be on the device of logits, '{logits.device}', got '{value.device}'"
+            f"{argument} must be on the device of {name}, '{rows.device}', got '{value.device}'"
         )
 
 

@@ -15,18 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .aggregation import token_weight
 from .backend import resolve_backend, takes_short_way, tl, triton
-from .checks import (
-    check_finite,
-    check_inplace,
-    check_name,
-    check_per_token,
-    check_positive,
-    check_rows,
-    check_targets_in_range,
-)
-from .kl import KL_ESTIMATORS, token_kl
+from .checks import check_inplace, check_targets_in_range
+from .kl import token_kl
+from .policy_inputs import prepare_policy
 from .rows import (
     ONE_SWEEP_TILE,
     TWO_SWEEP_TILE,
@@ -43,7 +35,7 @@ from .rows import (
     with_unit_stride,
 )
 from .surrogates import SURROGATES, PolicyOptions, policy_terms
-from .token_logprob import UNSPECIALIZED, memory_for, token_logprob
+from .token_logprob import UNSPECIALIZED, TokenLogprob, memory_for, token_logprob
 
 
 class PolicyLoss(NamedTuple):
@@ -360,39 +352,22 @@ def policy_loss(
             no use for; a target out of range at a counted position (on a GPU only under
             RLCORE_CHECK=1: there the row becomes NaN).
     """
-    check_rows(logits, target, mask=mask, temperature=temperature)
     check_inplace(logits, inplace_backward)
-    check_positive(epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
-    check_finite(beta=beta, entropy_coef=entropy_coef)
-    check_name("surrogate", surrogate, SURROGATES)
-    check_name("kl_estimator", kl_estimator, KL_ESTIMATORS)
-    check_name("importance_sampling_level", importance_sampling_level, ("token",))
-    if beta != 0 and ref_logp is None:
-        raise ValueError(f"beta is {beta} but ref_logp is None: pass ref_logp or set beta to 0")
-    options = PolicyOptions(
-        surrogate,
-        _parameters(surrogate, old_logp, epsilon, epsilon_high, delta, surrogate_params),
-        kl_estimator, float(beta), float(entropy_coef),
-    )  # fmt: skip
     backend = resolve_backend(backend, logits)
-    dtype = reference.statistics_dtype(logits)
-    if mask is None:
-        mask = torch.ones(target.shape, dtype=torch.bool, device=logits.device)
-    weight = token_weight(
-        mask.contiguous(), loss_agg_mode, num_items=num_items, norm_length=norm_length,
-        cu_seqlens=cu_seqlens, dtype=dtype,
-    ).contiguous()  # fmt: skip
-    per_token = [
-        _per_token(name, value, logits, dtype)
-        for name, value in {
-            "advantage": advantage, "old_logp": old_logp, "ref_logp": ref_logp,
-            "importance_sampling_ratio": importance_sampling_ratio,
-        }.items()
-    ]  # fmt: skip
+    options, mask, weight, per_token = prepare_policy(
+        logits, target, advantage, old_logp, ref_logp, mask, importance_sampling_ratio,
+        surrogate=surrogate, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, beta=beta,
+        kl_estimator=kl_estimator, entropy_coef=entropy_coef, temperature=temperature,
+        importance_sampling_level=importance_sampling_level, loss_agg_mode=loss_agg_mode,
+        num_items=num_items, norm_length=norm_length, cu_seqlens=cu_seqlens,
+        surrogate_params=surrogate_params,
+    )  # fmt: skip
     if not _makes_gradient_in_forward(logits, surrogate, backend):
-        return _composed(
-            logits, target, per_token, mask, weight, options, temperature, inplace_backward, backend
-        )
+        statistics = token_logprob(
+            logits, target, temperature=temperature, mask=mask,
+            inplace_backward=inplace_backward, backend=backend,
+        )  # fmt: skip
+        return composed_policy_loss(statistics, mask, weight, per_token, options)
     if takes_short_way(logits, target, mask, weight, *per_token):
         check_targets_in_range(target, mask, logits.shape[-1], backend)
         return PolicyLoss(
@@ -406,42 +381,6 @@ def policy_loss(
     )  # fmt: skip
     kl = None if ref_logp is None else kl.detach()
     return PolicyLoss(loss.sum(), logp.detach(), entropy.detach(), kl, clipped)
-
-
-def _parameters(surrogate, old_logp, epsilon, epsilon_high, delta, surrogate_params):
-    """The surrogate's parameters in its order; what it has no use for is refused."""
-    entry = SURROGATES[surrogate]
-    values = {"epsilon": epsilon, "epsilon_high": epsilon if epsilon_high is None else epsilon_high}
-    values["delta"] = float("inf") if delta is None else delta
-    for name, value in {"epsilon_high": epsilon_high, "delta": delta}.items():
-        if value is not None and name not in entry.parameters:
-            raise ValueError(f"surrogate {surrogate!r} does not use {name}: leave it None")
-    if old_logp is not None and not entry.has_ratio:
-        raise ValueError(
-            f"surrogate {surrogate!r} has no importance ratio, so it takes no old_logp: leave it "
-            "None, or pass importance_sampling_ratio"
-        )
-    for name, value in (surrogate_params or {}).items():
-        if name in values or name not in entry.parameters:
-            known = [p for p in entry.parameters if p not in values]
-            raise ValueError(f"surrogate_params of {surrogate!r} may hold {known}, got {name!r}")
-        values[name] = value
-    missing = [name for name in entry.parameters if name not in values]
-    if missing:
-        raise ValueError(f"surrogate {surrogate!r} needs surrogate_params {missing}")
-    return tuple(float(values[name]) for name in entry.parameters)
-
-
-def _per_token(name: str, value: Tensor | None, logits: Tensor, dtype: torch.dtype):
-    """A detached, contiguous value a token, in the statistics' dtype; (B,) is spread over T."""
-    if value is None:
-        return None
-    if logits.dim() == 3 and value.shape == logits.shape[:1] and name not in (
-        "old_logp", "ref_logp"
-    ):  # fmt: skip
-        value = value[:, None].expand(logits.shape[:-1])
-    check_per_token(name, value, logits)
-    return value.detach().to(dtype).contiguous()
 
 
 def _makes_gradient_in_forward(logits: Tensor, surrogate: str, backend: str) -> bool:
@@ -458,14 +397,15 @@ def _makes_gradient_in_forward(logits: Tensor, surrogate: str, backend: str) -> 
     )
 
 
-def _composed(
-    logits, target, per_token, mask, weight, options, temperature, inplace_backward, backend
+def composed_policy_loss(
+    statistics: TokenLogprob,
+    mask: Tensor,
+    weight: Tensor,
+    per_token: list[Tensor | None],
+    options: PolicyOptions,
 ) -> PolicyLoss:
-    """token_logprob, then the PyTorch formula: forward alone, or a backward of its own."""
-    logp, entropy, _ = token_logprob(
-        logits, target, temperature=temperature, mask=mask, inplace_backward=inplace_backward,
-        backend=backend,
-    )  # fmt: skip
+    """The PyTorch formula on differentiable statistics: a forward alone, or autograd's backward."""
+    logp, entropy, _ = statistics
     per_token = [None if t is None else torch.where(mask, t, 0.0) for t in per_token]
     terms = policy_terms(logp, entropy, *per_token, options)
     loss = torch.where(mask, terms.loss * weight, 0.0).sum()

@@ -13,15 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .blocks import Matrix, rows_per_block, select_rows, statistics_dtype
 from .surrogates import policy_terms
 
-CACHED_BYTES = 3 << 20  # of a block in working precision, for each thread
 FLOOR = -1e30  # stands for -inf where 0 * -inf would make NaN
-
-
-def statistics_dtype(logits: Tensor) -> torch.dtype:
-    """float64 for float64 logits, else float32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def empty_statistics(target: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
@@ -33,7 +28,7 @@ def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:
 
     Autograd then refuses any later use of logits that it had saved.
     """
-    if not inplace or not _Matrix(logits).is_view:
+    if not inplace or not Matrix(logits).is_view:
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     torch.autograd.graph.increment_version(logits)
     return logits.detach()
@@ -43,7 +38,7 @@ def token_logprob_forward(logits, target, mask, temperature, with_entropy):
     """(logp, entropy | None, lse), zeros where the mask is false."""
     results = [t.zero_() for t in empty_statistics(target, statistics_dtype(logits), 3)]
     logp, lse, entropy = (result.view(-1) for result in results)
-    matrix, target = _Matrix(logits), target.reshape(-1)
+    matrix, target = Matrix(logits), target.reshape(-1)
     blocks = _Blocks(logits, with_entropy)
     for rows in blocks.select(mask, target):
         block = matrix.read(rows)
@@ -72,7 +67,7 @@ def token_logprob_backward(
         flows |= at_entropy != 0
     if mask is not None:
         flows &= mask.reshape(-1)
-    source, sink = _Matrix(logits), _Matrix(dlogits)
+    source, sink = Matrix(logits), Matrix(dlogits)
     sink.zero(~flows)
     blocks = _Blocks(logits, dentropy is not None)
     for rows in blocks.select(flows, target):
@@ -101,7 +96,7 @@ def policy_loss_forward_backward(
     clipped = torch.zeros(target.shape, dtype=torch.bool, device=target.device)
     target, weight, advantage = target.reshape(-1), weight.view(-1), advantage.view(-1)
     given = [None if t is None else t.view(-1) for t in (old_logp, ref_logp, ratio)]
-    source, sink = _Matrix(logits), _Matrix(dlogits)
+    source, sink = Matrix(logits), Matrix(dlogits)
     sink.zero(weight == 0)
     blocks = _Blocks(logits, True)
     for rows in blocks.select(weight != 0, target):
@@ -126,60 +121,19 @@ def policy_loss_forward_backward(
     return loss, logp, entropy, None if ref_logp is None else kl, clipped
 
 
-class _Matrix:
-    """The (N, V) rows behind (N, V) or (B, T, V), without a copy where the strides allow it."""
-
-    def __init__(self, tensor: Tensor):
-        self.index, self.is_view = None, True
-        if tensor.dim() == 2:
-            self.rows = tensor
-            return
-        (batch, length, vocabulary), (stride_b, stride_t, stride_v) = tensor.shape, tensor.stride()
-        if batch * length == 0 or batch == 1 or stride_b == length * stride_t:
-            self.rows = tensor.flatten(0, 1)
-        elif stride_t > 0 and stride_b % stride_t == 0:
-            # a slice such as logits[:, :-1]: the rows of a taller matrix, some left out
-            step = stride_b // stride_t
-            shape = ((batch - 1) * step + length, vocabulary)
-            self.rows = tensor.as_strided(shape, (stride_t, stride_v))
-            starts = torch.arange(batch, device=tensor.device)[:, None] * step
-            self.index = (starts + torch.arange(length, device=tensor.device)).view(-1)
-        else:
-            self.rows, self.is_view = tensor.reshape(-1, vocabulary), False
-
-    def read(self, rows: slice | Tensor) -> Tensor:
-        return self.rows[rows if self.index is None else self.index[rows]]
-
-    def write(self, rows: slice | Tensor, values: Tensor) -> None:
-        self.rows[rows if self.index is None else self.index[rows]] = values.to(self.rows.dtype)
-
-    def zero(self, where: Tensor) -> None:
-        rows = where.nonzero().squeeze(-1)
-        self.rows.index_fill_(0, rows if self.index is None else self.index[rows], 0)
-
-
 class _Blocks:
     """Working memory for a block of rows, and the blocks that make up a batch."""
 
     def __init__(self, logits: Tensor, with_entropy: bool):
         vocabulary, dtype = logits.shape[-1], statistics_dtype(logits)
-        threads = torch.get_num_threads()
-        fitting = CACHED_BYTES * threads // (vocabulary * dtype.itemsize)
-        self.size = min(max(fitting, threads), max(logits.shape[:-1].numel(), 1))
+        self.size = rows_per_block(logits)
         shape = (self.size, vocabulary)
         self.x = torch.empty(shape, dtype=dtype, device=logits.device)
         self.p = torch.empty_like(self.x) if with_entropy else None
 
     def select(self, keep: Tensor | None, target: Tensor) -> Iterator[slice | Tensor]:
         """Row selectors, a block's each: slices where rows are neighbours, else indices."""
-        if keep is None or keep.all():
-            for start in range(0, target.numel(), self.size):
-                yield slice(start, min(start + self.size, target.numel()))
-            return
-        for rows in keep.reshape(-1).nonzero().squeeze(-1).split(self.size):
-            if rows.numel():
-                first, last = rows[0].item(), rows[-1].item()
-                yield slice(first, last + 1) if last - first + 1 == rows.numel() else rows
+        return select_rows(keep, target.numel(), self.size)
 
     def probabilities(self, block: Tensor, temperature: float) -> Tensor:
         """p = softmax z, (n, V)."""

@@ -1,0 +1,67 @@
+"""Blocks of rows: how the plain PyTorch operations go through (N, V) a cacheful at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CACHED_BYTES = 3 << 20  # of a block in working precision, for each thread
+
+
+def statistics_dtype(logits: Tensor) -> torch.dtype:
+    """float64 for float64 logits, else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def rows_per_block(logits: Tensor, tensors: int = 1) -> int:
+    """Rows of a block of which `tensors` copies in working precision share the cache."""
+    threads = torch.get_num_threads()
+    row = logits.shape[-1] * statistics_dtype(logits).itemsize * tensors
+    fitting = CACHED_BYTES * threads // row
+    return min(max(fitting, threads), max(logits.shape[:-1].numel(), 1))
+
+
+def select_rows(keep: Tensor | None, count: int, size: int) -> Iterator[slice | Tensor]:
+    """Selectors of the rows to keep, of `size` rows each: slices of neighbours, else indices."""
+    if keep is None or keep.all():
+        for start in range(0, count, size):
+            yield slice(start, min(start + size, count))
+        return
+    for rows in keep.reshape(-1).nonzero().squeeze(-1).split(size):
+        if rows.numel():
+            first, last = rows[0].item(), rows[-1].item()
+            yield slice(first, last + 1) if last - first + 1 == rows.numel() else rows
+
+
+class Matrix:
+    """The (N, V) rows behind (N, V) or (B, T, V), without a copy where the strides allow it."""
+
+    def __init__(self, tensor: Tensor):
+        self.index, self.is_view = None, True
+        if tensor.dim() == 2:
+            self.rows = tensor
+            return
+        (batch, length, vocabulary), (stride_b, stride_t, stride_v) = tensor.shape, tensor.stride()
+        if batch * length == 0 or batch == 1 or stride_b == length * stride_t:
+            self.rows = tensor.flatten(0, 1)
+        elif stride_t > 0 and stride_b % stride_t == 0:
+            # a slice such as logits[:, :-1]: the rows of a taller matrix, some left out
+            step = stride_b // stride_t
+            shape = ((batch - 1) * step + length, vocabulary)
+            self.rows = tensor.as_strided(shape, (stride_t, stride_v))
+            starts = torch.arange(batch, device=tensor.device)[:, None] * step
+            self.index = (starts + torch.arange(length, device=tensor.device)).view(-1)
+        else:
+            self.rows, self.is_view = tensor.reshape(-1, vocabulary), False
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        return self.rows[rows if self.index is None else self.index[rows]]
+
+    def write(self, rows: slice | Tensor, values: Tensor) -> None:
+        self.rows[rows if self.index is None else self.index[rows]] = values.to(self.rows.dtype)
+
+    def zero(self, where: Tensor) -> None:
+        rows = where.nonzero().squeeze(-1)
+        self.rows.index_fill_(0, rows if self.index is None else self.index[rows], 0)
