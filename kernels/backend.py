@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,14 @@ HAS_TRITON = hasattr(triton, "compile")
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so later changes do not count.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-_chosen: ContextVar[str | None] = ContextVar("rlcore_backend", default=None)
+
+class _Chosen(threading.local):
+    """What `use_backend` chose in this thread."""
+
+    name: str | None = None
+
+
+_chosen = _Chosen()
 
 
 def _check_name(name: str, source: str) -> str:
@@ -48,15 +55,15 @@ if _environment_default is not None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every call inside the `with` block by `name` ("triton" or "torch").
+    """Serve this thread's calls inside the `with` block by `name` ("triton" or "torch").
 
     An explicit `backend=` argument of a call goes first. Raises ValueError on an unknown name.
     """
-    token = _chosen.set(_check_name(name, "name"))
+    before, _chosen.name = _chosen.name, _check_name(name, "name")
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen.name = before
 
 
 def resolve_backend(backend: str | None, tensor: Tensor) -> str:
@@ -65,7 +72,7 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
         name = _check_name(backend, "backend")
     else:
         by_device = "triton" if tensor.is_cuda and HAS_TRITON else "torch"
-        name = _chosen.get() or _environment_default or by_device
+        name = _chosen.name or _environment_default or by_device
     if name == "triton":
         _check_triton_serves(tensor)
     return name
@@ -101,13 +108,13 @@ def takes_short_way(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    _refuse_transforms(tensors)
+    refuse_transforms(tensors)
     if torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
+def refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
     forward_mode = forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )

@@ -40,25 +40,33 @@ UNSPECIALIZED += [f"{row}stride_{axis}" for row in ("p_", "q_", "dp_", "dq_") fo
 
 
 @triton.jit
+def lane_columns(Row, BLOCK: tl.constexpr):
+    """A tile's columns, (BLOCK / VECTOR, VECTOR): 16 bytes of a row to a lane."""
+    VECTOR: tl.constexpr = 128 // Row.dtype.element_ty.primitive_bitwidth
+    lanes = tl.arange(0, BLOCK // VECTOR)
+    return lanes[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
 def _kl_update(a, b, p_max, p_sum, u, q_max, q_sum, banned, scale):
-    """Takes two tiles into the lanes' state; one exponential an element. scale = log2(e) / T.
+    """Takes two tiles into the lanes' state. scale = log2(e) / T.
 
     With e = exp((a - p_max) / T): p_sum = sum e and u = sum e ((a - p_max) - (b - q_max)), for
-    maxima that rise as the sweep goes on; banned: q rules out what p does not.
+    maxima that rise as the sweep goes on. banned: the largest a whose b is banned.
     """
-    above_p = a - p_max
-    e = tl.exp2(-tl.abs(above_p) * scale)
-    before = tl.where(above_p > 0, e, 1.0)
-    now = tl.where(above_p > 0, 1.0, e)
-    above_q = b - q_max
-    rise = tl.maximum(above_p, 0.0) - tl.maximum(above_q, 0.0)
-    difference = tl.minimum(above_p, 0.0) - tl.minimum(above_q, 0.0)
-    u = before * (u - p_sum * rise) + now * difference
-    p_sum = before * p_sum + now
-    e = tl.exp2(-tl.abs(above_q) * scale)
-    q_sum = tl.where(above_q > 0, q_sum * e + 1, q_sum + e)
-    banned |= (b <= FLOOR) & (a > FLOOR)
-    return tl.maximum(a, p_max), p_sum, u, tl.maximum(b, q_max), q_sum, banned
+    p_new = tl.maximum(p_max, tl.max(a, 1))
+    q_new = tl.maximum(q_max, tl.max(b, 1))
+    p_weight = tl.exp2((p_max - p_new) * scale)
+    q_weight = tl.exp2((q_max - q_new) * scale)
+    rise = (p_new - p_max) - (q_new - q_max)
+    above_p = a - p_new[:, None]
+    above_q = b - q_new[:, None]
+    e = tl.exp2(above_p * scale)
+    u = p_weight * (u - p_sum * rise) + tl.sum(e * (above_p - above_q), 1)
+    p_sum = p_weight * p_sum + tl.sum(e, 1)
+    q_sum = q_weight * q_sum + tl.sum(tl.exp2(above_q * scale), 1)
+    banned = tl.maximum(banned, tl.max(tl.where(b > FLOOR, FLOOR, a), 1))
+    return p_new, p_sum, u, q_new, q_sum, banned
 
 
 @triton.jit
@@ -76,7 +84,7 @@ def _combine_lanes(p_max, p_sum, u, q_max, q_sum, banned, inv_temperature, scale
     mean = tl.sum(weight * (u - p_sum * rise), 0) / p_total
     kl = mean * inv_temperature + tl.log(q_total / p_total)
     kl = tl.maximum(kl, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    kl += tl.where(tl.max(banned.to(tl.int32), 0) > 0, float("inf"), 0.0)
+    kl += tl.where(tl.max(banned, 0) > FLOOR, float("inf"), 0.0)
     return kl, p_row_max, tl.log(p_total), q_row_max, tl.log(q_total)
 
 
@@ -84,13 +92,14 @@ def _combine_lanes(p_max, p_sum, u, q_max, q_sum, banned, inv_temperature, scale
 def _kl_statistics(P, Q, shift, end, inv_temperature, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """One sweep over two rows, each its elements [shift, end): what `_combine_lanes` returns."""
     scale = tl.full((), inv_temperature, DTYPE) * LOG2E
-    columns = tl.arange(0, BLOCK)
-    p_max = tl.full((BLOCK,), FLOOR, DTYPE)
-    q_max = tl.full((BLOCK,), FLOOR, DTYPE)
-    p_sum = tl.zeros((BLOCK,), DTYPE)
-    q_sum = tl.zeros((BLOCK,), DTYPE)
-    u = tl.zeros((BLOCK,), DTYPE)
-    banned = tl.zeros((BLOCK,), tl.int1)
+    columns = lane_columns(P, BLOCK)
+    lanes: tl.constexpr = columns.shape[0]
+    p_max = tl.full((lanes,), FLOOR, DTYPE)
+    q_max = tl.full((lanes,), FLOOR, DTYPE)
+    banned = tl.full((lanes,), FLOOR, DTYPE)
+    p_sum = tl.zeros((lanes,), DTYPE)
+    q_sum = tl.zeros((lanes,), DTYPE)
+    u = tl.zeros((lanes,), DTYPE)
     a = load_first_tile(P, columns, shift, end, DTYPE)
     b = load_first_tile(Q, columns, shift, end, DTYPE)
     p_max, p_sum, u, q_max, q_sum, banned = _kl_update(

@@ -23,8 +23,9 @@ ALIGNMENT = 16  # bytes of the widest load
 # one row in flight, so that the second finds it in L2 (132 rows x 304 KB are 40 of 50 MB).
 ONE_SWEEP_TILE, TWO_SWEEP_TILE = 8192, 16384
 
-# Logits at or below FLOOR have probability 0; finite, so that differences of two never make NaN.
-FLOOR = tl.constexpr(-1e30)
+# Logits at or below FLOOR have probability 0; finite, so that differences of two never make NaN,
+# and a power of two, so that float32 and float64 hold the same number.
+FLOOR = tl.constexpr(-(2.0**100))
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -251,9 +252,11 @@ def with_unit_stride(logits: Tensor) -> Tensor:
 
 def phase(rows: Tensor) -> tuple[int, ...]:
     """What must agree between two tensors for their rows to share tile boundaries."""
-    lanes = ALIGNMENT // rows.element_size()
-    _, stride_b, stride_t = row_strides(rows)
-    return rows.data_ptr() % ALIGNMENT, stride_b % lanes, stride_t % lanes
+    _, *strides = row_strides(rows)
+    itemsize = rows.element_size()
+    offsets = (rows.data_ptr() % ALIGNMENT, *(s * itemsize % ALIGNMENT for s in strides))
+    # rows that all start at a boundary share it whatever their dtype
+    return (*offsets, itemsize) if any(offsets) else offsets
 
 
 def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:

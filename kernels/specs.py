@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from . import policy_loss, token_logprob
+from . import categorical, fisher, policy_loss, token_logprob
+from .backend import tl
 from .rows import ONE_SWEEP_TILE, TWO_SWEEP_TILE, choose_launch
 from .surrogates import SURROGATES
 
@@ -73,5 +74,36 @@ def _kernels(logits: str) -> dict[str, tuple]:
             ONE_SWEEP_TILE,
             {"Rows": logits, "Scale": "*fp32", **strides},
             {},
+        ),
+        **_distribution_kernels(logits),
+    }
+
+
+def _distribution_kernels(logits: str) -> dict[str, tuple]:
+    row = dict.fromkeys(["KL", "PMax", "PLogSum", "QMax", "QLogSum"], "*fp32")
+    pair = {"P": logits, "Q": logits}
+    shape = dict.fromkeys(categorical.UNSPECIALIZED, "i32")
+    forward_shape = dict.fromkeys(categorical.UNSPECIALIZED[:6], "i32")
+    return {
+        "categorical_kl_forward": (
+            categorical._categorical_kl_forward_kernel,
+            ONE_SWEEP_TILE,
+            {**pair, "Mask": "*i1", **row, **forward_shape, "inv_temperature": "fp32"},
+            {"SAME_PHASE": True},
+        ),
+        "categorical_kl_backward": (
+            categorical._categorical_kl_backward_kernel,
+            ONE_SWEEP_TILE,
+            {**pair, "Dp": logits, "Dq": logits, "Mask": "*i1", **row, "Dkl": "*fp32", **shape}
+            | {"inv_temperature": "fp32"},
+            {"SAME_PHASE": True},
+        ),
+        "fisher_vector_product": (
+            fisher._fisher_vector_product_kernel,
+            TWO_SWEEP_TILE,
+            dict.fromkeys(["Logits", "Tangent", "Product"], logits)
+            | dict.fromkeys(fisher.UNSPECIALIZED, "i32")
+            | {"inv_temperature": "fp32"},
+            {"DTYPE": tl.float32, "SAME_PHASE": True},
         ),
     }

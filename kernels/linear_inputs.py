@@ -1,0 +1,73 @@
+"""From the arguments of a fused-head call to matching matrices: checks, dtypes, sharded weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, check_finite, check_positive
+from .linear_products import Head
+
+
+def prepare_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Head]:
+    """hidden as (N, H), weight and bias in one dtype, all differentiable in the originals."""
+    if isinstance(weight, torch.nn.Module):
+        raise ValueError(_module_message(weight))
+    weight, bias = _whole(weight), None if bias is None else _whole(bias)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must have shape (V, H) with H = {hidden.shape[-1]} as in hidden "
+            f"{tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must have shape ({weight.shape[0]},) as weight {tuple(weight.shape)} has rows, "
+            f"got {tuple(bias.shape)}"
+        )
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on the device of hidden, '{hidden.device}', got '{tensor.device}'"
+            )
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be a float tensor, got {tensor.dtype}")
+    check_positive(softcap=softcap, logit_scale=logit_scale)
+    check_finite(logit_scale=logit_scale)
+    dtype = _product_dtype(hidden, weight)
+    hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    softcap = None if softcap is None else float(softcap)
+    return hidden, weight.to(dtype), bias, Head(float(temperature), softcap, float(logit_scale))
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's dtype inside autocast, as for any linear layer; else what holds both."""
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one (FSDP2, tensor parallel), differentiably."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _module_message(module: torch.nn.Module) -> str:
+    if any("lora_" in name for name, _ in module.named_parameters()):
+        return (
+            "weight is a layer with a LoRA adapter, whose own weight leaves the adapter out: merge "
+            "the adapter, or leave lm_head out of its target modules, and pass the weight tensor"
+        )
+    return f"weight must be the head's weight tensor (V, H), got the module {type(module).__name__}"

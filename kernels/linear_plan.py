@@ -1,0 +1,112 @@
+"""How a fused head goes through its tokens: chunk sizes, passes, operations, peak memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .blocks import statistics_dtype
+
+# Bytes of a chunk's logits: on a GPU large enough that the traffic of dW is amortised; on a CPU
+# what keeps the row work near the cache.
+DEFAULT_CHUNK_BYTES = {"cpu": 64 << 20}
+DEFAULT_CHUNK_BYTES_ELSEWHERE = 768 << 20
+
+# strategy -> (forward products, recomputed products) per token, each 2 H V operations
+STRATEGIES = {
+    "one-pass": "the loss knows its derivative in the chunk: the gradient is made at once",
+    "kept-logits": "all logits fit chunk_bytes: kept for the backward, nothing is recomputed",
+    "unit-gradient": "frozen head: the forward stores dlse/dhidden, the backward scales its rows",
+    "recompute": "the backward makes each chunk's logits again",
+    "forward": "no input needs a gradient",
+}
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What a call of the fused head will do; print it.
+
+    Args:
+        strategy: a key of STRATEGIES.
+        tokens, hidden_size, vocabulary: N, H, V.
+        chunk_tokens: tokens whose logits exist at one time.
+        operations: floating-point operations of all products with every token counted (masked
+            and gradient-free rows are left out of the products, so a call may do fewer).
+        passes: how often a token's logits are made.
+        peak_bytes: memory above the inputs and the gradients that are returned.
+    """
+
+    strategy: str
+    tokens: int
+    hidden_size: int
+    vocabulary: int
+    chunk_tokens: int
+    operations: int
+    passes: int
+    peak_bytes: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.tokens // self.chunk_tokens)
+
+    def __str__(self) -> str:
+        shape = f"{self.tokens} x {self.hidden_size} x {self.vocabulary}"
+        unit = max(self.tokens * self.hidden_size * self.vocabulary, 1)
+        return (
+            f"{shape}: {self.strategy} ({STRATEGIES[self.strategy]}); "
+            f"{self.operations / unit:.0f} NHV = {self.operations / 1e12:.3f} TFLOP, "
+            f"{self.passes} pass{'es' * (self.passes > 1)} over {self.num_chunks} chunks of "
+            f"{self.chunk_tokens} tokens, peak {self.peak_bytes / 2**20:.1f} MiB"
+        )
+
+
+def make_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    chunk_bytes: int | None,
+    needs: tuple[bool, bool, bool],
+    coupled: bool,
+    separate_gradient: bool = False,
+    with_entropy: bool = True,
+    keeps: bool = True,
+) -> LinearPlan:
+    """The plan for hidden (N, H) and weight (V, H).
+
+    Args:
+        chunk_bytes: budget for the logits at hand; None = the device's default.
+        needs: whether hidden, weight and bias need a gradient.
+        coupled: the derivative of the loss is known only after every token's logp.
+        separate_gradient: the logits' gradient cannot overwrite them (softcap needs both).
+        with_entropy: whether a coupled loss may differentiate the entropy.
+        keeps: whether a coupled loss may keep logits or gradients from its forward.
+    """
+    (tokens, hidden_size), vocabulary = hidden.shape, weight.shape[0]
+    logit = statistics_dtype(hidden).itemsize
+    low_precision = hidden.element_size() < logit
+    logit += hidden.element_size() if low_precision or separate_gradient else 0
+    if chunk_bytes is None:
+        chunk_bytes = DEFAULT_CHUNK_BYTES.get(hidden.device.type, DEFAULT_CHUNK_BYTES_ELSEWHERE)
+    most = max(min(chunk_bytes // (vocabulary * logit), tokens), 1)
+    chunks = max(-(-tokens // most), 1)
+    chunk_tokens = max(-(-tokens // chunks), 1)
+    backward = 2 * needs[0] + 2 * needs[1]
+    strategy, operations = "one-pass", 2 + backward
+    peak = chunk_tokens * vocabulary * logit
+    if not any(needs):
+        strategy = "forward"
+    elif coupled and keeps and tokens * vocabulary * logit <= chunk_bytes:
+        strategy = "kept-logits"
+    elif coupled and keeps and needs == (True, False, False) and not with_entropy:
+        strategy = "unit-gradient"
+        peak += tokens * hidden_size * statistics_dtype(hidden).itemsize
+    elif coupled:
+        strategy, operations = "recompute", 4 + backward
+    if needs[1] and low_precision:
+        peak += weight.numel() * statistics_dtype(hidden).itemsize
+    return LinearPlan(
+        strategy, tokens, hidden_size, vocabulary, chunk_tokens,
+        operations * tokens * hidden_size * vocabulary,
+        2 if strategy == "recompute" else 1, peak,
+    )  # fmt: skip

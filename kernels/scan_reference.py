@@ -1,0 +1,210 @@
+"""The reverse scans in plain PyTorch, without a loop over time: the CPU path and the spec.
+
+The value entering token t from its right, N_t = P_next(t), follows one linear recurrence
+    P_t = x_t + c_t N_t,   x_t = (1 - lam) V_t + lam r_t,   c_t = gamma lam (0 where terminated)
+with (c, x) = (1, 0) at masked tokens and P = last_value past the row's end. It gives both results:
+    returns_t = r_t + gamma N_t,   advantage_t = returns_t - V_t       (gamma 0 where terminated).
+
+Blocks of BLOCK tokens are scanned side by side, then their heads by the same rule, so that a
+rounding passes through about 2 log_32(T) blocks, not T tokens. Where c is one number, as in rows
+without holes, a block is a product with a triangular matrix of its powers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .kl import KL_ESTIMATORS
+
+BLOCK = 32
+CACHED_TOKENS = 1 << 18  # tokens of the rows that are worked on at a time
+
+
+@functools.lru_cache(maxsize=64)
+def _powers(
+    coefficient: float, size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(to_head (K,), within (K, K), from_right (K,)): what blocks of K tokens are multiplied by.
+
+    x @ to_head is what the block adds to P at its head; (x @ within)_t what its tokens add to N_t,
+    and from_right_t scales what enters the block.
+    """
+    powers = torch.tensor([coefficient**k for k in range(size)], dtype=torch.float64)
+    token = torch.arange(size)
+    distance = token[:, None] - token[None, :] - 1
+    within = torch.where(distance >= 0, powers[distance.clamp(min=0)], 0.0)
+    return tuple(part.to(device, dtype) for part in (powers, within, powers.flip(0)))
+
+
+def _split(length: int) -> tuple[int, int, int]:
+    """(tokens put before the row's start, blocks, tokens of a block)."""
+    if length <= BLOCK:
+        return 0, 1, max(length, 1)
+    return -length % BLOCK, -(-length // BLOCK), BLOCK
+
+
+def _scan_constant(x: Tensor, coefficient: float, carry: Tensor) -> Tensor:
+    """N (B, T) for x (B, T), one coefficient for all and carry (B,) past the rows' ends."""
+    rows, length = x.shape
+    pad, blocks, size = _split(length)
+    if pad:
+        x = torch.nn.functional.pad(x, (pad, 0))
+    to_head, within, from_right = _powers(coefficient, size, x.dtype, x.device)
+    x = x.reshape(rows * blocks, size)
+    if blocks > 1:
+        heads = (x @ to_head).view(rows, blocks)
+        carry = _scan_constant(heads, coefficient**size, carry).reshape(-1)
+    following = torch.outer(carry, from_right).addmm_(x, within)
+    return following.view(rows, blocks * size)[:, pad:]
+
+
+def _scan(x: Tensor, c: Tensor, carry: Tensor) -> Tensor:
+    """N (B, T) for x and coefficients c (B, T), and carry (B,) past the rows' ends."""
+    rows, length = x.shape
+    pad, blocks, size = _split(length)
+    if pad:
+        x, c = (torch.nn.functional.pad(part, (pad, 0)) for part in (x, c))
+    # (K, blocks): a step of all blocks works on neighbours in memory
+    x, c = (part.reshape(rows * blocks, size).t().contiguous() for part in (x, c))
+    for t in range(size - 2, -1, -1):
+        x[t].addcmul_(c[t], x[t + 1])
+        c[t].mul_(c[t + 1])
+    if blocks > 1:
+        carry = _scan(x[0].view(rows, blocks), c[0].view(rows, blocks), carry).reshape(-1)
+    following = torch.empty_like(x)
+    following[-1] = carry
+    torch.addcmul(x[1:], c[1:], carry, out=following[:-1])
+    return following.t().reshape(rows, blocks * size)[:, pad:]
+
+
+def _has_holes(mask: Tensor) -> bool:
+    """Whether some row's counted tokens are not all next to each other."""
+    starts = torch.gt(mask[:, 1:], mask[:, :-1])
+    if not starts.any():
+        return False
+    count = starts.view(torch.int8).sum(1, dtype=torch.int32) + mask[:, 0]
+    return bool(count.max() > 1)
+
+
+def last_counted(mask: Tensor) -> Tensor:
+    """Marks each row's last counted token, (B, T) bool."""
+    mask = mask.contiguous()
+    place = mask.view(torch.int8).flip(1).argmax(1, keepdim=True)
+    marked = torch.zeros_like(mask).scatter_(1, mask.shape[1] - 1 - place, True)
+    return marked & mask
+
+
+def _next_values(
+    x: Tensor,
+    coefficient: float,
+    mask: Tensor | None,
+    goes_on: Tensor | None,
+    carry: Tensor,
+) -> Tensor:
+    """N (B, T), by the closed form where every counted token but a row's last goes on."""
+    if goes_on is not None and not torch.equal(goes_on, mask):
+        ends = last_counted(mask)
+        if torch.equal(goes_on | ends, mask):
+            carry = torch.where((ends & ~goes_on).any(1), 0, carry)
+            goes_on = None
+    else:
+        goes_on = None
+    if goes_on is None and mask is None:
+        return _scan_constant(x, coefficient, carry)
+    if goes_on is None and not _has_holes(mask):
+        # what enters the last counted token stands right after it; at the row's end it is carry
+        after = torch.gt(mask[:, :-1], mask[:, 1:])
+        x[:, 1:] = torch.where(after, carry[:, None], x[:, 1:])
+        return _scan_constant(x, coefficient, torch.where(mask[:, -1], carry, 0))
+    goes_on = mask if goes_on is None else goes_on
+    zero = x.new_zeros(())
+    c = torch.where(mask, torch.where(goes_on, zero + coefficient, zero), zero + 1)
+    return _scan(x, c, carry)
+
+
+def gae_into(
+    advantage: Tensor | None,
+    returns: Tensor,
+    reward: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    terminated: Tensor | None,
+    last_value: Tensor | None,
+    gamma: float,
+    lam: float,
+) -> None:
+    """Fills advantage and returns, (b, T) of their dtype; value None: discounted rewards alone."""
+    dtype = returns.dtype
+    reward = reward.to(dtype)
+    x = reward.clone() if value is None else torch.lerp(value.to(dtype), reward, lam)
+    zero = x.new_zeros(())
+    if terminated is not None and mask is None:
+        mask = torch.ones_like(terminated)
+    goes_on = None if terminated is None else mask & ~terminated
+    if mask is not None:
+        x = torch.where(mask, x, zero)
+    carry = x.new_zeros(len(x)) if last_value is None else last_value.to(dtype)
+    following = _next_values(x, gamma * lam, mask, goes_on, carry)
+    if goes_on is not None:
+        following = torch.where(goes_on, following, zero)
+    torch.add(reward, following, alpha=gamma, out=returns)
+    if value is not None:
+        torch.sub(returns, value, out=advantage)
+    if mask is not None:
+        for result in (returns, advantage)[: 1 if value is None else 2]:
+            result.masked_fill_(~mask, 0)
+
+
+def gae(reward, value, mask, terminated, last_value, gamma, lam, dtype) -> tuple[Tensor, Tensor]:
+    """(advantage, returns), each (B, T), by a cacheful of rows; no value, no advantage: empty."""
+    returns = torch.empty(reward.shape, dtype=dtype, device=reward.device)
+    advantage = returns.new_empty(0 if value is None else reward.shape)
+    if returns.numel() == 0:
+        return advantage, returns
+    size = max(CACHED_TOKENS // reward.shape[1], 1)
+    for start in range(0, len(reward), size):
+        rows = slice(start, start + size)
+        given = (reward, value, mask, terminated, last_value)
+        parts = (None if part is None else part[rows] for part in given)
+        gae_into(None if value is None else advantage[rows], returns[rows], *parts, gamma, lam)
+    return advantage, returns
+
+
+def shaped_reward(score, logp, ref_logp, mask, beta, kl_estimator, dtype) -> Tensor:
+    """-beta KL_t, and the score on each row's last counted token; (B, T)."""
+    kl, _ = KL_ESTIMATORS[kl_estimator](logp.to(dtype), ref_logp.to(dtype))
+    reward = torch.where(mask, -beta * kl, 0)
+    if reward.numel():
+        reward += torch.where(last_counted(mask), score.to(dtype)[:, None], 0)
+    return reward
+
+
+def moments(advantage: Tensor, mask: Tensor) -> Tensor:
+    """(3, B): each row's count, mean and sum of squared deviations of its counted entries."""
+    count = mask.sum(1).to(advantage.dtype)
+    mean = advantage.sum(1) / count.clamp(min=1)
+    deviation = torch.where(mask, advantage - mean[:, None], 0)
+    return torch.stack([count, mean, deviation.square().sum(1)])
+
+
+def gae_from_scores(
+    score,
+    logp,
+    ref_logp,
+    value,
+    mask,
+    terminated,
+    last_value,
+    beta,
+    kl_estimator,
+    gamma,
+    lam,
+    dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(advantage, returns, moments of the advantage)."""
+    reward = shaped_reward(score, logp, ref_logp, mask, beta, kl_estimator, dtype)
+    advantage, returns = gae(reward, value, mask, terminated, last_value, gamma, lam, dtype)
+    return advantage, returns, moments(advantage, mask)
