@@ -1,0 +1,209 @@
+"""Models and checkpoints that are whole or absent, and what is needed to go on from one exactly.
+
+Everything is written into a hidden sibling directory first, flushed to the disk, and only then
+renamed. A checkpoint holds a manifest of its files besides, written last: where a copy, a network
+file system or a full disk broke it, `last_checkpoint` passes over it.
+
+    output_dir/checkpoint-40/   model.safetensors, config.json, tokenizer: a model directory
+                                optimizer, scheduler, random states (one per process)
+                                trainer_state_<process>.pt, manifest.json
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlcore.atomic import MANIFEST_FILE, publish, staged, staging_path
+from rlcore.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "training.yaml"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def check_output_dir(
+    directory: str | Path, *, overwrite: bool = False, resume: bool = False
+) -> Path:
+    """Raise UserError where a run may not write into `directory`; touches nothing itself."""
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output directory {directory} is a file")
+    if resume:
+        if last_checkpoint(directory) is None:
+            raise UserError(f"nothing to resume: {directory} holds no complete checkpoint")
+    elif directory.is_dir() and any(directory.iterdir()) and not _is_unstarted(directory):
+        if not overwrite:
+            raise UserError(
+                f"output directory {directory} is not empty: choose another, go on with --resume, "
+                "or replace it with --overwrite-output-dir"
+            )
+        if not (directory / METRICS_FILE).exists():
+            raise UserError(
+                f"output directory {directory} does not hold a training run (no {METRICS_FILE}), "
+                "so it is not overwritten: choose another"
+            )
+    return directory
+
+
+def prepare_output_dir(
+    directory: str | Path, *, overwrite: bool = False, resume: bool = False
+) -> Path:
+    """Check `directory`, then make it, empty unless the run resumes. Main process only.
+
+    Call it when model and data are loaded, so that a mistake there costs no earlier run.
+    """
+    directory = check_output_dir(directory, overwrite=overwrite, resume=resume)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in () if resume else directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (directory / METRICS_FILE).touch()
+    except OSError as error:
+        raise UserError(f"cannot write into output directory {directory}: {error}") from error
+    return directory
+
+
+def discard_unstarted(directory: str | Path) -> None:
+    """Remove what `prepare_output_dir` made, where the run ended before its first result."""
+    directory = Path(directory)
+    if directory.is_dir() and _is_unstarted(directory):
+        shutil.rmtree(directory)
+
+
+def _is_unstarted(directory: Path) -> bool:
+    """True where there is nothing but an empty metrics.jsonl and, perhaps, the config."""
+    names = {path.name for path in directory.iterdir()}
+    metrics = directory / METRICS_FILE
+    return (
+        METRICS_FILE in names
+        and names <= {METRICS_FILE, CONFIG_FILE}
+        and metrics.stat().st_size == 0
+    )
+
+
+def save_model(model: Any, tokenizer: Any, directory: str | Path) -> Path:
+    """Write `model` (safetensors) and `tokenizer` (or None) as a directory that transformers loads.
+
+    Where `directory` exists already, its config.json goes first and comes back last, so that it
+    never looks like a model while it is half one.
+    """
+    directory = Path(directory)
+    with staged(directory) as staging:
+        model.save_pretrained(staging, safe_serialization=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+    return directory
+
+
+def save_checkpoint(
+    accelerator: Any,
+    output_dir: str | Path,
+    step: int,
+    *,
+    tokenizer: Any = None,
+    state: dict[str, Any] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Write output_dir/checkpoint-`step`: all that `accelerator` prepared, and `state`.
+
+    Every process calls it. `state` is the trainer's own (tensors and plain values, one per
+    process); `load_checkpoint` gives it back. `keep` older checkpoints stay, all where None.
+    """
+    directory = Path(output_dir) / f"checkpoint-{step}"
+    staging = staging_path(directory)
+    if accelerator.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    # it warns at each save that a tied head is stored once
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    accelerator.save_state(str(staging))
+    rank = accelerator.process_index
+    torch.save({**(state or {}), "step": step}, staging / f"trainer_state_{rank}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _save_configs(accelerator, tokenizer, staging)
+        _write_manifest(staging, step, accelerator.num_processes)
+        publish(staging, directory)
+        _drop_old(Path(output_dir), keep)
+    accelerator.wait_for_everyone()
+    return directory
+
+
+def load_checkpoint(accelerator: Any, directory: str | Path) -> dict[str, Any]:
+    """Bring what `accelerator` prepared back to `directory`'s state; returns `state` and "step".
+
+    Random states come last, so that nothing that happens while loading moves them.
+    """
+    directory = Path(directory)
+    manifest = _manifest(directory)
+    if manifest is None:
+        raise UserError(f"{directory} is not a complete checkpoint")
+    if manifest["num_processes"] != accelerator.num_processes:
+        raise UserError(
+            f"{directory} was written by {manifest['num_processes']} processes and cannot be "
+            f"resumed exactly by {accelerator.num_processes}: start as many"
+        )
+    state = torch.load(
+        directory / f"trainer_state_{accelerator.process_index}.pt", weights_only=True
+    )
+    accelerator.load_state(str(directory))
+    return state
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step in `output_dir`, or None."""
+    found = sorted(_checkpoints(Path(output_dir)), reverse=True)
+    return next((path for _, path in found if _manifest(path) is not None), None)
+
+
+def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    if not output_dir.is_dir():
+        return []
+    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in output_dir.iterdir())
+    return [(int(match[1]), path) for match, path in matches if match and path.is_dir()]
+
+
+def _drop_old(output_dir: Path, keep: int | None) -> None:
+    if keep is None:
+        return
+    for _, path in sorted(_checkpoints(output_dir), reverse=True)[max(keep, 1) :]:
+        # the manifest first: a half-deleted checkpoint must not look like a whole one
+        (path / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def _save_configs(accelerator: Any, tokenizer: Any, staging: Path) -> None:
+    """Configuration and tokenizer beside the weights make the checkpoint a model directory."""
+    for model in accelerator._models:
+        model = accelerator.unwrap_model(model)
+        for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+            if hasattr(config, "save_pretrained"):
+                config.save_pretrained(staging)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging)
+
+
+def _write_manifest(directory: Path, step: int, num_processes: int) -> None:
+    files = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    manifest = {"step": step, "num_processes": num_processes, "files": files}
+    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+
+
+def _manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, None where it is missing or a file of it is."""
+    try:
+        manifest = json.loads((directory / MANIFEST_FILE).read_text())
+        whole = all(
+            (directory / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    return manifest if whole else None

@@ -1,0 +1,184 @@
+"""The command line: `rlcore train ALGORITHM --flags`, `rlcore demo`.
+
+A command is a config dataclass and a function that takes it. Both are looked up when the command
+runs, so that `rlcore --help` imports no trainer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import rlcore
+from rlcore.config import flag_name, load_config
+from rlcore.errors import TrainingDiverged, UserError, unknown_name
+from rlcore.options import Option, options
+
+USAGE_STATUS = 2
+DIVERGED_STATUS = 1
+INTERRUPTED_STATUS = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's config class and function live, and what it does in one line."""
+
+    module: str
+    config: str
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "train sft": Command(
+        "rlcore.trainers.sft",
+        "SFTConfig",
+        "train_sft",
+        "fine-tune on demonstrations: rows of prompt and completion",
+    ),
+    "train grpo": Command(
+        "rlcore.trainers.grpo",
+        "GRPOConfig",
+        "train_grpo",
+        "reinforce what a reward function likes: rows of prompt, any other columns",
+    ),
+    "demo": Command(
+        "rlcore.demo",
+        "DemoConfig",
+        "run_demo",
+        "train a small model on made-up word problems, here and now, with nothing to download",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status. A mistake of the user's is one sentence."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        return _fail(str(error), USAGE_STATUS)
+    except TrainingDiverged as error:
+        return _fail(str(error), DIVERGED_STATUS)
+    except KeyboardInterrupt:
+        return _fail("interrupted; --resume goes on from a checkpoint", INTERRUPTED_STATUS)
+
+
+def _run(arguments: list[str]) -> int:
+    if "--version" in arguments[:1]:
+        print(f"rlcore {rlcore.__version__}")
+        return 0
+    name, flags = _find_command(arguments)
+    if name is None:
+        _print_commands(Console())
+        return 0
+    # Before torch starts its threads: spinning while they wait, they would take each other's cores
+    # on a busy machine, and a small model then runs ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    config_class = getattr(module, command.config)
+    if {"-h", "--help"} & set(flags):
+        _print_options(Console(), name, command, options(config_class))
+        return 0
+    yaml_path, flags = _take_config(flags)
+    config = load_config(config_class, yaml_path, flags)
+    _quiet_transformers()
+    result = getattr(module, command.function)(config)
+    # of several processes the first speaks
+    if hasattr(result, "output_dir") and os.environ.get("RANK", "0") == "0":
+        print(f"model and metrics.jsonl are in {result.output_dir}")
+    return 0
+
+
+def _quiet_transformers() -> None:
+    """Its bars for reading and writing files would tear the progress display; downloads show."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
+def _find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(the command's name, its flags); the name is None where help is asked for."""
+    words = []
+    for argument in arguments:
+        if argument.startswith("-") or " ".join(words) in COMMANDS:
+            break
+        words.append(argument)
+    name, flags = " ".join(words), arguments[len(words) :]
+    if name in COMMANDS:
+        return name, flags
+    members = [command for command in COMMANDS if command.startswith(f"{name} ")]
+    if (not name or members) and (not flags or {"-h", "--help"} & set(flags)):
+        return None, flags
+    if members:
+        raise UserError(f"`rlcore {name}` needs one of its commands: {', '.join(members)}")
+    raise unknown_name("command", name or flags[0], COMMANDS)
+
+
+def _take_config(flags: list[str]) -> tuple[str | None, list[str]]:
+    """Take --config FILE out of the flags."""
+    rest, path = [], None
+    words = iter(flags)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+            continue
+        if path is not None:
+            raise UserError("--config is given twice")
+        path = value if equals else next(words, "")
+        if not path or path.startswith("--"):
+            raise UserError("--config needs a YAML file")
+    return path, rest
+
+
+def _fail(message: str, status: int) -> int:
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    return status
+
+
+def _print_commands(console: Console) -> None:
+    console.print("usage: rlcore COMMAND [--config FILE.yaml] [--flag value ...]\n")
+    table = Table.grid(padding=(0, 2))
+    for name, command in COMMANDS.items():
+        table.add_row(f"  {name}", command.summary)
+    console.print(table)
+    console.print("\n`rlcore COMMAND --help` lists its flags.", highlight=False)
+
+
+def _print_options(
+    console: Console, name: str, command: Command, all_options: list[Option]
+) -> None:
+    """Every flag on a line: name and type, what it does, [default]; group by group."""
+    console.print(f"usage: rlcore {name} [--config FILE.yaml] [--flag value ...]", markup=False)
+    console.print(f"\n{command.summary}. Flags win over the YAML file.", highlight=False)
+    width = max(len(_left(option)) for option in all_options)
+    for group in dict.fromkeys(option.group for option in all_options):
+        console.print(Text(f"\n{group}", style="bold"))
+        for option in all_options:
+            if option.group == group:
+                _print_option(console, option, width)
+
+
+def _left(option: Option) -> str:
+    kind = "" if option.type == "bool" else f" {option.type.replace(' | None', '')}"
+    return f"  {flag_name(option.name)}{kind}"
+
+
+def _print_option(console: Console, option: Option, width: int) -> None:
+    line = Text(f"{_left(option):<{width}}  {option.help}")
+    if option.default is None:
+        line.append("  required", style="bold")
+    elif option.default != "False":
+        line.append(f"  [{option.default}]", style="dim")
+    console.print(line, soft_wrap=True)

@@ -1,0 +1,160 @@
+"""The progress display: live in a terminal, one plain line a step where stderr goes elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Mapping
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_LABELS = {
+    "tokens_per_second": "tokens/s",
+    "learning_rate": "lr",
+    "eval/reward": "held-out reward",
+    "eval/loss": "held-out loss",
+}
+# shown where they are logged, whatever the columns are
+_HELD_OUT = ("eval/reward", "eval/loss")
+_BARS = "▁▂▃▄▅▆▇█"
+_ASCII_BARS = "_.-=+*%#"
+_TREND_WIDTH = 24
+# plain lines come no closer than this, the first and the last excepted
+_SECONDS_BETWEEN_LINES = 1.0
+
+
+def short(value: float) -> str:
+    """A number in about six characters: 0.5123, 1.2e-05, 5.1k, nan."""
+    size = abs(value)
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if size >= 1e9 or size < 0.01:
+        return f"{value:.1e}"
+    if size >= 1e6:
+        return f"{value / 1e6:.1f}M"
+    if size >= 1e3:
+        return f"{value / 1e3:.1f}k"
+    return f"{value:.{3 if size < 100 else 1}f}"
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as h:mm:ss or m:ss; dashes where they are not known."""
+    if seconds is None:
+        return "-:--"
+    minutes, seconds = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def trend(values: list[float], bars: str = _BARS) -> str:
+    """The whole course of `values` as bars, at most `_TREND_WIDTH`, each the mean of a stretch."""
+    values = [value for value in values if math.isfinite(value)]
+    width = min(len(values), _TREND_WIDTH)
+    if width < 2:
+        return ""
+    cuts = [len(values) * place // width for place in range(width + 1)]
+    means = [sum(values[start:end]) / (end - start) for start, end in itertools.pairwise(cuts)]
+    low, high = min(means), max(means)
+    scale = (len(bars) - 1) / (high - low) if high > low else 0.0
+    return "".join(bars[round((mean - low) * scale)] for mean in means)
+
+
+class Display:
+    """Shows steps and metrics on `console`: a live block on a terminal, plain lines elsewhere."""
+
+    def __init__(
+        self,
+        console: Console | None,
+        total_steps: int,
+        description: str,
+        columns: tuple[str, ...],
+        start_step: int = 0,
+    ):
+        self._console = console or Console(stderr=True)
+        self._total = total_steps
+        self._description = description
+        self._columns = tuple(dict.fromkeys([*columns, *_HELD_OUT]))
+        self._start_step = self._step = start_step
+        self._started = self._updated = time.monotonic()
+        self._metrics: Mapping[str, float] = {}
+        self._course: list[float] = []  # of the first column
+        self._live: Live | None = None
+        self._printed = -math.inf
+
+    def start(self) -> None:
+        self._started = self._updated = time.monotonic()
+        if self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=4
+            )
+            self._live.start()
+
+    def stop(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._step, self._updated = step, time.monotonic()
+        # a step that logs only some of the columns leaves the others standing
+        self._metrics = {**self._metrics, **metrics}
+        if self._columns[0] in metrics:
+            self._course.append(metrics[self._columns[0]])
+        if self._live:
+            self._live.refresh()
+        elif step >= self._total or self._updated - self._printed >= _SECONDS_BETWEEN_LINES:
+            self._printed = self._updated
+            self._print_line(metrics)
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _remaining(self) -> float | None:
+        done = self._step - self._start_step
+        if done <= 0:
+            return None
+        seconds_per_step = (self._updated - self._started) / done
+        since_update = time.monotonic() - self._updated
+        return seconds_per_step * (self._total - self._step) - since_update
+
+    def _print_line(self, metrics: Mapping[str, float]) -> None:
+        shown = [name for name in self._columns if name in metrics] or list(metrics)[:4]
+        cells = [f"{_LABELS.get(name, name)} {short(metrics[name])}" for name in shown]
+        width = len(str(self._total))
+        head = f"{self._description} {self._step:>{width}}/{self._total}"
+        self.message("  ".join([head, *cells, f"eta {clock(self._remaining())}"]))
+
+    def _render(self) -> Group:
+        elapsed = time.monotonic() - self._started
+        head = Table.grid(padding=(0, 1), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        waiting = self._step == self._start_step
+        bar = ProgressBar(
+            total=max(self._total, 1), completed=self._step, pulse=waiting, animation_time=elapsed
+        )
+        left = "" if self._step >= self._total else f", {clock(self._remaining())} left"
+        head.add_row(
+            Text(self._description, style="bold"),
+            bar,
+            Text.assemble(f"{self._step}/{self._total} ", (f"{clock(elapsed)}{left}", "dim")),
+        )
+        return Group(head, self._metric_line())
+
+    def _metric_line(self) -> Text:
+        line = Text(no_wrap=True, overflow="ellipsis")
+        for name in self._columns:
+            if name not in self._metrics:
+                continue
+            line.append("  " if line else "")
+            line.append(f"{_LABELS.get(name, name)} ", style="dim")
+            line.append(short(self._metrics[name]), style="bold")
+            if name == self._columns[0]:
+                bars = _ASCII_BARS if self._console.options.ascii_only else _BARS
+                line.append(" " + trend(self._course, bars), style="green")
+        return line if line else Text("waiting for the first step", style="dim")

@@ -1,0 +1,50 @@
+"""The errors a user can act on, and the suggestion that goes with a mistyped name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake of the caller's that one sentence explains; the CLI prints it and exits with 2."""
+
+
+class TrainingDiverged(RuntimeError):
+    """A quantity of the run became NaN or infinite; the optimizer step was not taken.
+
+    Args:
+        step: the optimizer step that was about to be taken, counted from 1.
+        quantity: what went wrong: "loss", "grad_norm", ...
+        value: its value (nan, inf or -inf).
+        last_checkpoint: the newest complete checkpoint, None where none was saved.
+    """
+
+    def __init__(self, step: int, quantity: str, value: float, last_checkpoint: object = None):
+        self.step = step
+        self.quantity = quantity
+        self.value = value
+        self.last_checkpoint = last_checkpoint
+        where = (
+            f"the last good checkpoint is {last_checkpoint}"
+            if last_checkpoint is not None
+            else "no checkpoint was saved before it (set --save-steps to keep some)"
+        )
+        super().__init__(f"step {step}: {quantity} is {value}; training stopped, {where}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None where none is like it."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for `name`, with the nearest known name and the list of them all.
+
+    Raise what comes back: `raise unknown_name("reward", "exakt", REWARDS)`.
+    """
+    known = sorted(known)
+    guess = nearest(name, known)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    return UserError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
