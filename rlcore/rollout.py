@@ -1,0 +1,228 @@
+"""Completions sampled from a policy, many at once.
+
+Each prompt goes through the model once and its cache is repeated for its completions; prompts are
+padded on the left, positions count attended tokens only, and rows that reached eos leave the batch
+once they are half of it. The same seed gives the same completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlcore.encoding import encode_prompts, pad
+from rlcore.errors import UserError
+from rlcore.models import forward_options, position_ids
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N = prompts x generations rows, the generations of a prompt next to each other."""
+
+    input_ids: torch.Tensor  # (N, P + C) int64: left-padded prompt, right-padded completion
+    attention_mask: torch.Tensor  # (N, P + C) int64
+    prompt_length: int  # P
+    completion_ids: torch.Tensor  # (N, C) int64
+    completion_mask: torch.Tensor  # (N, C) bool: up to and with eos
+    completions: list[str]  # N texts without special tokens
+    truncated: torch.Tensor  # (N,) bool: max_new_tokens came before eos
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | list[dict]],
+    *,
+    num_generations: int = 1,
+    max_new_tokens: int,
+    max_prompt_length: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    greedy: bool = False,
+    seed: int = 0,
+    full_length: bool = False,
+) -> Rollout:
+    """Sample `num_generations` completions of each prompt.
+
+    Args:
+        prompts: texts or chat messages; of a longer one the last `max_prompt_length` tokens stay.
+        temperature, top_p, top_k: as in transformers; 1.0 and 0 switch the truncations off.
+        greedy: take the likeliest token instead; the sampling options have no part in it.
+        seed: of this call's own random generator; the global one is not touched.
+        full_length: run every row to `max_new_tokens` forward passes, finished or not: sharded
+            models need equally many on every process.
+
+    Returns:
+        A Rollout on the model's device. C is the longest completion's length.
+
+    Raises:
+        UserError: a prompt without tokens, or messages without a chat template.
+        ValueError: a sampling option out of its range.
+    """
+    device = next(model.parameters()).device
+    encoded = encode_prompts(tokenizer, prompts, max_prompt_length)
+    prompt_ids = pad(encoded, tokenizer.pad_token_id, "left").to(device)  # (B, P)
+    prompt_mask = pad([[1] * len(ids) for ids in encoded], 0, "left").to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    choose = _likeliest if greedy else _sampler(temperature, top_p, top_k, generator)
+    eos = end_tokens(model, tokenizer).to(device)
+    with torch.no_grad(), evaluating(model):
+        decoder = _Decoder(model, prompt_ids, prompt_mask, num_generations)
+        ids = _decode(decoder, choose, eos, max_new_tokens, not full_length)
+    completion_mask, truncated = _up_to_end(ids, eos)
+    completion_ids = torch.where(completion_mask, ids, tokenizer.pad_token_id)
+    prompt_ids = prompt_ids.repeat_interleave(num_generations, 0)
+    prompt_mask = prompt_mask.repeat_interleave(num_generations, 0)
+    return Rollout(
+        input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
+        attention_mask=torch.cat([prompt_mask, completion_mask.long()], dim=1),
+        prompt_length=prompt_ids.shape[1],
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        completions=decode(tokenizer, completion_ids, completion_mask),
+        truncated=truncated,
+    )
+
+
+class _Decoder:
+    """A model, its cache, and the logits for each row's next token."""
+
+    def __init__(
+        self, model: Any, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, repeats: int
+    ):
+        self.model = model
+        self.options = forward_options(model)
+        self.mask = prompt_mask
+        self.cache = None
+        self._forward(prompt_ids, position_ids(prompt_mask))
+        if repeats > 1:
+            self.cache.batch_repeat_interleave(repeats)
+            self.mask = self.mask.repeat_interleave(repeats, 0)
+            self.logits = self.logits.repeat_interleave(repeats, 0)  # (N, V)
+
+    def advance(self, token: torch.Tensor) -> None:
+        """Append one token (N,) to every row."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        self._forward(token[:, None], self.mask.sum(-1, keepdim=True) - 1)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but those in `rows` (M,) int64."""
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+
+    def _forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        arguments = {
+            "attention_mask": self.mask,
+            "position_ids": positions,
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        arguments = {name: value for name, value in arguments.items() if name in self.options}
+        output = self.model(input_ids, **arguments)
+        self.cache = getattr(output, "past_key_values", None)
+        if self.cache is None:
+            name = type(self.model).__name__
+            raise UserError(f"{name} gives no key-value cache, and generation needs one")
+        self.logits = output.logits[:, -1]
+
+
+def _decode(
+    decoder: _Decoder,
+    choose: Callable[[torch.Tensor], torch.Tensor],
+    eos: torch.Tensor,
+    max_new_tokens: int,
+    drop_ended: bool,
+) -> torch.Tensor:
+    """(N, C) int64: every row's tokens; what follows an end token means nothing."""
+    count = len(decoder.mask)
+    rows = torch.arange(count, device=eos.device)  # the rows still in the decoder
+    ended = torch.zeros(count, dtype=torch.bool, device=eos.device)
+    columns: list[torch.Tensor] = []
+    while True:
+        token = choose(decoder.logits)
+        columns.append(torch.zeros(count, dtype=torch.int64, device=eos.device))
+        columns[-1][rows] = token
+        ended = ended | torch.isin(token, eos)
+        ended_rows = int(ended.sum()) if drop_ended else 0
+        if len(columns) == max_new_tokens or (drop_ended and ended_rows == len(ended)):
+            break
+        if 2 * ended_rows >= len(ended) > 1:
+            alive = (~ended).nonzero().squeeze(1)
+            decoder.keep(alive)
+            rows, ended, token = rows[alive], ended[alive], token[alive]
+        decoder.advance(token)
+    return torch.stack(columns, dim=1)
+
+
+def _up_to_end(ids: torch.Tensor, eos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mask (N, C): up to and with the first end token, truncated (N,): there is none)."""
+    is_end = torch.isin(ids, eos)
+    ends_before = is_end.cumsum(1) - is_end.long()
+    return ends_before == 0, ~is_end.any(1)
+
+
+def decode(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """The counted tokens (N, C) of each row as text, special tokens left out."""
+    kept = [row[counts].tolist() for row, counts in zip(ids.cpu(), mask.cpu(), strict=True)]
+    return tokenizer.batch_decode(
+        kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> torch.Tensor:
+    """(E,) int64: the tokenizer's eos and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    known = {*configured, tokenizer.eos_token_id} - {None}
+    return torch.tensor(sorted(known), dtype=torch.int64)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while: no dropout, no gradient checkpointing."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
+
+
+def _sampler(
+    temperature: float, top_p: float, top_k: int, generator: torch.Generator
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from logits (N, V) to one sampled token a row, (N,)."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}; greedy=True is its 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or positive, not {top_k}")
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        probabilities = (logits.float() / temperature).softmax(-1)
+        if top_k or top_p < 1:
+            probabilities = _truncated(probabilities, top_p, top_k)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+    return choose
+
+
+def _truncated(probabilities: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """The `top_k` likeliest tokens, and of these the fewest that hold `top_p` of their mass."""
+    count = min(top_k, probabilities.shape[-1]) if top_k else probabilities.shape[-1]
+    kept, index = probabilities.topk(count)
+    mass_before = kept.cumsum(-1) - kept
+    # The likeliest token stays at any top_p: nothing comes before it.
+    kept = kept.masked_fill(mass_before >= top_p * kept.sum(-1, keepdim=True), 0.0)
+    return torch.zeros_like(probabilities).scatter_(-1, index, kept)

@@ -1,0 +1,1 @@
+"""The trainers: each one function that reads top to bottom."""

@@ -1,0 +1,247 @@
+"""What every trainer does the same way: start, data order, optimizer step, checkpoints, end.
+
+Order of data, learning rate and sampling seeds are functions of the seed and the step alone, so a
+resumed run needs nothing but weights, optimizer and random states to go on exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rlcore import checkpoint
+from rlcore.config import save_config
+from rlcore.errors import TrainingDiverged
+from rlcore.models import no_progress_bars
+from rlcore.tracking import Tracker
+from rlcore.trainers.metrics import Log
+from rlcore.trainers.schedules import learning_rate_scale
+from rlcore.trainers.train_config import TrainConfig
+
+Item = TypeVar("Item")
+CONFIG_FILE = "training.yaml"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    output_dir: Path
+    steps: int
+    metrics: dict[str, float]  # the last line of metrics.jsonl
+    model: Any  # unwrapped, on its device
+
+
+@dataclass
+class Run:
+    """What a trainer holds: the machine, the model on it, and how far it has come."""
+
+    config: TrainConfig
+    accelerator: Any
+    model: Any  # as prepared: possibly wrapped
+    optimizer: Any
+    tokenizer: Any
+    total_steps: int
+    first_step: int = 0  # optimizer steps that were done before this run
+    num_tokens: float = 0.0  # seen so far, by all processes
+
+    @property
+    def policy(self) -> Any:
+        """The model without its wrappers, for generation and saving."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Every process must then run equally many forward passes."""
+        return str(self.accelerator.distributed_type).endswith("FSDP")
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """The accelerator for this process, with the global random generators seeded."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+
+    precision = "bf16" if config.bf16 else "no"
+    # The precision is the process's; a later run in the same process may want another.
+    state = AcceleratorState._shared_state
+    if state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision)
+    # Weights are loaded, not drawn, so processes may differ: their dropout should.
+    set_seed(config.seed, device_specific=True)
+    return accelerator
+
+
+def total_steps(config: TrainConfig, rows: int, rows_per_step: float) -> int:
+    """Optimizer steps of the run: max_steps, or what num_train_epochs over `rows` come to."""
+    if config.max_steps != -1:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * rows / rows_per_step))
+
+
+def start_run(config: TrainConfig, accelerator: Any, model: Any, tokenizer: Any, steps: int) -> Run:
+    """Prepare model and optimizer, make the output directory, and resume where that was asked."""
+    previous = checkpoint.last_checkpoint(config.output_dir) if config.resume else None
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    run = Run(config, accelerator, model, optimizer, tokenizer, steps)
+    # Every process has looked at the output directory by now; from here on it is no longer empty.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoint.prepare_output_dir(
+            config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume
+        )
+        save_config(config, Path(config.output_dir) / CONFIG_FILE)
+    accelerator.wait_for_everyone()
+    if previous is not None:
+        state = checkpoint.load_checkpoint(accelerator, previous)
+        run.first_step, run.num_tokens = state["step"], state["num_tokens"]
+    return run
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; biases and norms (one-dimensional parameters) do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=True,
+    )
+
+
+@contextlib.contextmanager
+def tracking(
+    run: Run, tracker: Any | None, description: str, columns: Iterable[str]
+) -> Iterator[Any]:
+    """The caller's open tracker, or one of our own for as long as the run lasts."""
+    if tracker is not None:
+        yield tracker
+        return
+    with Tracker(
+        run.config.output_dir,
+        run.total_steps,
+        description,
+        columns=columns,
+        report_to=run.config.report_to,
+        enabled=run.accelerator.is_main_process,
+        start_step=run.first_step,
+        config=dataclasses.asdict(run.config),
+    ) as own:
+        yield own
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
+    return torch.randperm(rows, generator=generator).tolist()
+
+
+def batch_indices(rows: int, size: int, number: int, seed: int) -> list[int]:
+    """The rows of batch `number` (from 0): a cut from one endless row of shuffled epochs."""
+    positions = range(number * size, (number + 1) * size)
+    return [_epoch_order(rows, seed, place // rows)[place % rows] for place in positions]
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, order and all; neighbours come out far apart."""
+    mixed = 0
+    for part in parts:
+        # Multiply-xorshift with Knuth's 64-bit multiplier.
+        mixed = ((mixed ^ part) + 1) * 6364136223846793005 % (1 << 64)
+        mixed ^= mixed >> 29
+    return mixed % (1 << 63)
+
+
+def split(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Consecutive pieces of at most `size` items."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def summed(accelerator: Any, value: float) -> float:
+    """The sum of one number over all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=accelerator.device)
+    return accelerator.reduce(total, "sum").item()
+
+
+def optimizer_step(
+    run: Run, step: int, batches: Sequence[Item], loss_of: Callable[[Item], torch.Tensor]
+) -> dict[str, float]:
+    """One optimizer step on the summed loss of `batches`: {"loss", "grad_norm", "learning_rate"}.
+
+    `loss_of` divides by the count of the whole batch over the number of processes: gradients are
+    then averaged over processes and add up to the whole batch's.
+
+    Raises:
+        TrainingDiverged: the loss or the gradient's norm is not finite; nothing was changed then.
+    """
+    config, accelerator = run.config, run.accelerator
+    rate = config.learning_rate * learning_rate_scale(config, step, run.total_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.zero_grad()
+    losses = []
+    for number, batch in enumerate(batches, start=1):
+        is_last = number == len(batches)
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(run.model):
+            loss = loss_of(batch)
+            accelerator.backward(loss)
+        losses.append(loss.detach())
+    loss = accelerator.reduce(torch.stack(losses).sum(), "mean").item()
+    grad_norm = float(_clip(accelerator, run.model, config.max_grad_norm or math.inf))
+    for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+        if not math.isfinite(value):
+            last = checkpoint.last_checkpoint(config.output_dir)
+            raise TrainingDiverged(step, name, value, last)
+    run.optimizer.step()
+    return {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+
+
+def _clip(accelerator: Any, model: Any, limit: float) -> torch.Tensor:
+    """Scale the gradients down to the norm `limit`; returns the norm that they had."""
+    return accelerator.clip_grad_norm_(model.parameters(), limit)
+
+
+def wants_evaluation(run: Run, step: int) -> bool:
+    """After every eval_steps optimizer steps and after the last."""
+    every = run.config.eval_steps
+    return step == run.total_steps or (every > 0 and step % every == 0)
+
+
+def save_if_due(run: Run, step: int, unit: int = 1) -> None:
+    """A checkpoint where `step` ends a unit of steps in which a multiple of save_steps lies."""
+    every = run.config.save_steps
+    if not every or step % unit or step // every == (step - unit) // every:
+        return
+    checkpoint.save_checkpoint(
+        run.accelerator,
+        run.config.output_dir,
+        step,
+        tokenizer=run.tokenizer,
+        state={"num_tokens": run.num_tokens},
+        keep=run.config.save_total_limit,
+    )
+
+
+def finish_run(run: Run, log: Log) -> Result:
+    """Save the model into output_dir and say how the run ended."""
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        with no_progress_bars():
+            checkpoint.save_model(run.policy, run.tokenizer, run.config.output_dir)
+    run.accelerator.wait_for_everyone()
+    return Result(Path(run.config.output_dir), run.total_steps, log.last, run.policy)

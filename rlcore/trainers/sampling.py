@@ -1,0 +1,172 @@
+"""From prompts to experience: sample, reward, compare within the group; and held-out evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlcore.advantages import group_advantage
+from rlcore.rewards import RewardFunction, Rewards, compute_rewards, load_reward, reward_name
+from rlcore.rollout import Rollout, generate
+from rlcore.trainers.common import Run, mix_seed, split
+from rlcore.trainers.experience import Experience, from_rollout
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The run's reward functions, their names in the metrics, and their weights."""
+
+    functions: tuple[RewardFunction, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+    def __call__(self, columns: Mapping[str, Sequence], completions: Sequence[str]) -> Rewards:
+        """The rewards of N completions; `columns` has the data's, N entries each."""
+        others = {name: values for name, values in columns.items() if name != "prompt"}
+        return compute_rewards(self.functions, self.weights, columns["prompt"], completions, others)
+
+
+def make_judge(
+    names: Iterable[str],
+    functions: Iterable[RewardFunction],
+    weights: Iterable[float] | None,
+) -> Judge:
+    """The rewards called `names` and the `functions` besides; like names get a number each."""
+    functions = (*map(load_reward, names), *functions)
+    own = [reward_name(function) for function in functions]
+    unique = tuple(
+        name if own.count(name) == 1 else f"{name}_{own[:index].count(name)}"
+        for index, name in enumerate(own)
+    )
+    return Judge(functions, unique, None if weights is None else tuple(weights))
+
+
+def collect(
+    run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int
+) -> tuple[Experience, dict[str, float]]:
+    """This process's share of a generation batch, and the metrics of the whole of it.
+
+    Args:
+        chosen: the columns of the prompts of all processes.
+        seed: of the sampling; each process mixes its own out of it.
+
+    Returns:
+        (experience, metrics); metrics["tokens"] counts prompts and completions of all processes.
+    """
+    config, accelerator = run.config, run.accelerator
+    share, rank = config.prompts_per_process, accelerator.process_index
+    mine = {name: values[rank * share : (rank + 1) * share] for name, values in chosen.items()}
+    rollout = generate(
+        run.policy,
+        run.tokenizer,
+        mine["prompt"],
+        num_generations=config.num_generations,
+        max_new_tokens=config.max_completion_length,
+        max_prompt_length=config.max_prompt_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        seed=mix_seed(seed, rank),
+        full_length=run.is_sharded,
+    )
+    rewards = judge(_repeated(mine, config.num_generations), rollout.completions)
+    everyone = _gathered(accelerator, rollout, rewards)
+    advantage = group_advantage(
+        everyone["total"], config.num_generations, scale_rewards=config.scale_rewards
+    )
+    count = len(rollout.completions)
+    experience = from_rollout(
+        rollout,
+        advantage[rank * count : (rank + 1) * count],
+        mask_truncated_completions=config.mask_truncated_completions,
+    )
+    metrics = _metrics(everyone, judge, config.num_generations)
+    run.num_tokens += metrics["tokens"]
+    return experience, metrics
+
+
+def _repeated(columns: Mapping[str, Sequence], times: int) -> dict[str, list]:
+    return {
+        name: [value for value in values for _ in range(times)] for name, values in columns.items()
+    }
+
+
+def _gathered(accelerator: Any, rollout: Rollout, rewards: Rewards) -> dict[str, torch.Tensor]:
+    """Rewards and lengths of all processes' completions, in the order of the processes."""
+    local = {
+        "total": rewards.total,
+        "per_function": rewards.per_function,
+        "length": rollout.completion_mask.sum(1),
+        "tokens": rollout.attention_mask.sum(1),
+        "truncated": rollout.truncated,
+    }
+    device = accelerator.device
+    return {
+        name: accelerator.gather(value.to(device).contiguous()).cpu()
+        for name, value in local.items()
+    }
+
+
+def _metrics(
+    everyone: Mapping[str, torch.Tensor], judge: Judge, num_generations: int
+) -> dict[str, float]:
+    """TRL's metrics of a generation batch."""
+    groups = everyone["total"].reshape(-1, num_generations)
+    std = _nanstd(groups)
+    length = everyone["length"].float()
+    metrics = {
+        "reward": groups.nanmean(),
+        "reward_std": std.mean(),
+        "frac_reward_zero_std": (std == 0).float().mean(),
+        "completions/mean_length": length.mean(),
+        "completions/min_length": length.min(),
+        "completions/max_length": length.max(),
+        "completions/clipped_ratio": everyone["truncated"].float().mean(),
+        "completions/unjudged": everyone["total"].isnan().sum(),
+        "tokens": everyone["tokens"].sum(),
+    }
+    for name, scores in zip(judge.names, everyone["per_function"].T, strict=True):
+        metrics[f"rewards/{name}/mean"] = scores.nanmean()
+        metrics[f"rewards/{name}/std"] = _nanstd(scores[None])[0]
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def _nanstd(rows: torch.Tensor) -> torch.Tensor:
+    """(R,): each row's unbiased std over what is no NaN; exactly 0 where all of it is equal."""
+    present = ~rows.isnan()
+    centered = torch.where(present, rows - rows.nanmean(1, keepdim=True), 0.0)
+    others = (present.sum(1) - 1).clamp(min=1)
+    lowest = rows.nan_to_num(torch.inf).amin(1)
+    highest = rows.nan_to_num(-torch.inf).amax(1)
+    std = (centered.square().sum(1) / others).sqrt()
+    return torch.where(lowest < highest, std, 0.0)
+
+
+@torch.no_grad()
+def evaluate(run: Run, rows: Any, judge: Judge) -> dict[str, float]:
+    """Rewards of one greedy completion for each held-out row: {"eval/reward", ...}."""
+    config, accelerator = run.config, run.accelerator
+    mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    sums = torch.zeros(2 + len(judge.names), 2, dtype=torch.float64)
+    for batch in split(mine, config.per_device_train_batch_size):
+        columns = rows[list(batch)]
+        rollout = generate(
+            run.policy,
+            run.tokenizer,
+            columns["prompt"],
+            max_new_tokens=config.max_completion_length,
+            max_prompt_length=config.max_prompt_length,
+            greedy=True,
+            full_length=run.is_sharded,
+        )
+        rewards = judge(columns, rollout.completions)
+        length = rollout.completion_mask.sum(1).float().cpu()
+        values = torch.stack([rewards.total, length, *rewards.per_function.T])  # (2 + F, N)
+        sums += torch.stack([values.double().nansum(1), (~values.isnan()).sum(1)], dim=1)
+    total, count = accelerator.reduce(sums.to(accelerator.device), "sum").cpu().unbind(1)
+    means = (total / count.clamp(min=1)).tolist()
+    names = ["reward", "completions/mean_length", *(f"rewards/{n}/mean" for n in judge.names)]
+    return {f"eval/{name}": value for name, value in zip(names, means, strict=True)}

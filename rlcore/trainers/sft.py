@@ -1,0 +1,144 @@
+"""Supervised fine-tuning: imitate completions.
+
+    loss = - sum over completion tokens of logp / number of completion tokens in the whole batch
+
+Left out: packing several examples into one row. The rows of an optimizer step are sorted by length
+before they are cut into micro-steps instead, which leaves little padding and the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import rlcore as rl
+from rlcore.data import SFT_COLUMNS, load_rows
+from rlcore.encoding import Batch, Example, collate, encode_examples
+from rlcore.errors import UserError
+from rlcore.models import completion_logits, load_policy, load_tokenizer
+from rlcore.rollout import evaluating
+from rlcore.trainers.common import (
+    Result,
+    Run,
+    batch_indices,
+    finish_run,
+    make_accelerator,
+    optimizer_step,
+    save_if_due,
+    split,
+    start_run,
+    summed,
+    total_steps,
+    tracking,
+    wants_evaluation,
+)
+from rlcore.trainers.metrics import Clock, Log
+from rlcore.trainers.train_config import TrainConfig, check_train_config
+
+DISPLAYED = ("loss", "learning_rate", "tokens_per_second")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning."""
+
+    learning_rate: float = 2e-5  # its peak
+    max_length: int | None = 1024  # tokens of a sequence; longer ones are cut at their end
+
+
+def check_sft_config(config: SFTConfig) -> None:
+    """Raise UserError for options out of their range."""
+    check_train_config(config)
+    if config.max_length is not None and config.max_length < 2:
+        raise UserError(f"max_length must be at least 2, not {config.max_length}")
+
+
+def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
+    """Fine-tune `config.model` on rows of {"prompt", "completion"}, {"text"} or {"messages"}.
+
+    Args:
+        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+
+    Returns:
+        A Result; the model lies in `config.output_dir`.
+
+    Raises:
+        UserError: options or data that do not work. TrainingDiverged: a loss that is not finite.
+    """
+    check_sft_config(config)
+    accelerator = make_accelerator(config)
+    tokenizer = load_tokenizer(config.model)
+    examples = encode_examples(tokenizer, load_rows(config.dataset, SFT_COLUMNS), config.max_length)
+    held_out = _held_out(config, tokenizer)
+    model = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing)
+    local_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = local_rows * accelerator.num_processes
+    run = start_run(config, accelerator, model, tokenizer, total_steps(config, len(examples), rows))
+    with tracking(run, tracker, "SFT", DISPLAYED) as tracker:
+        log, clock = Log(run, tracker), Clock()
+        for step in range(run.first_step + 1, run.total_steps + 1):
+            chosen = batch_indices(len(examples), rows, step - 1, config.seed)
+            metrics = _train_step(run, step, [examples[index] for index in chosen])
+            tokens = sum(len(examples[index]) for index in chosen)
+            run.num_tokens += tokens
+            metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
+            metrics["epoch"] = step * rows / len(examples)
+            if held_out and wants_evaluation(run, step):
+                metrics["eval/loss"] = _evaluate(run, held_out)
+            log.add(step, metrics)
+            save_if_due(run, step)
+            clock.skip()
+        return finish_run(run, log)
+
+
+def _held_out(config: SFTConfig, tokenizer: Any) -> list[Example]:
+    if config.eval_dataset is None:
+        return []
+    rows = load_rows(config.eval_dataset, SFT_COLUMNS)
+    return encode_examples(tokenizer, rows, config.max_length)
+
+
+def _train_step(run: Run, step: int, examples: list[Example]) -> dict[str, float]:
+    """One optimizer step on the examples of all processes."""
+    accelerator = run.accelerator
+    batches = _micro_batches(run, examples)
+    tokens = sum(len(example.completion) for example in examples)
+    num_items = tokens / accelerator.num_processes
+    return optimizer_step(run, step, batches, lambda batch: _loss(run, batch, num_items))
+
+
+def _micro_batches(run: Run, examples: Sequence[Example]) -> list[Batch]:
+    """This process's share, in micro-batches of examples of like length."""
+    accelerator = run.accelerator
+    ordered = sorted(examples, key=len)
+    mine = ordered[accelerator.process_index :: accelerator.num_processes]
+    size = run.config.per_device_train_batch_size
+    pad_token_id = run.tokenizer.pad_token_id
+    return [collate(piece, pad_token_id).to(accelerator.device) for piece in split(mine, size)]
+
+
+def _loss(run: Run, batch: Batch, num_items: float) -> torch.Tensor:
+    """The batch's part of the mean negative log-probability of a completion token."""
+    length = batch.completion_mask.shape[1]
+    logits = completion_logits(run.model, batch.input_ids, batch.attention_mask, length)
+    scores = rl.token_logprob(
+        logits,
+        batch.completion_ids,
+        mask=batch.completion_mask,
+        entropy=False,
+        inplace_backward=True,
+    )
+    return -scores.logp.sum() / num_items
+
+
+@torch.no_grad()
+def _evaluate(run: Run, examples: list[Example]) -> float:
+    """The mean negative log-probability of a held-out completion token."""
+    with evaluating(run.model):
+        batches = _micro_batches(run, examples)
+        total = sum(_loss(run, batch, 1.0).item() for batch in batches)
+    tokens = sum(len(example.completion) for example in examples)
+    return summed(run.accelerator, total) / tokens

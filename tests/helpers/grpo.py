@@ -1,0 +1,118 @@
+"""GRPO on tiny models: a run, an experience, and the loss written out once more."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlcore.models import position_ids
+from rlcore.trainers.common import Run, make_accelerator, make_optimizer
+from rlcore.trainers.experience import Experience
+from rlcore.trainers.grpo_config import GRPOConfig
+
+from .tiny import tiny_model, tiny_tokenizer
+
+LENGTHS = [5, 2, 3, 1, 5, 4, 2, 3]
+PROMPT_LENGTHS = [3, 6, 2, 6, 1, 4, 3, 5]
+ADVANTAGES = [1.0, -0.5, 0.0, -0.7, 0.3, 0.0, 0.9, -1.1]
+
+
+def config(tmp_path: Path, **changes: Any) -> GRPOConfig:
+    values = {
+        "model": "unused",
+        "dataset": "unused",
+        "output_dir": str(tmp_path / "run"),
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 7,
+        "max_grad_norm": 0.0,
+        "learning_rate": 1e-9,
+        "max_steps": 10,
+        "reward": ["exact_match"],
+    }
+    return GRPOConfig(**(values | changes))
+
+
+def make_run(config: GRPOConfig, model: Any = None) -> Run:
+    accelerator = make_accelerator(config)
+    model = tiny_model("gpt2") if model is None else model
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    return Run(config, accelerator, model, optimizer, tiny_tokenizer(), config.max_steps)
+
+
+def experience(seed: int = 0, old: float | None = None, ref: float | None = None) -> Experience:
+    """Eight rows of different lengths; old and reference logp that far from a plausible one."""
+    generator = torch.Generator().manual_seed(seed)
+    width, length = max(PROMPT_LENGTHS), max(LENGTHS)
+    input_ids = torch.randint(2, 100, (8, width + length), generator=generator)
+    columns = torch.arange(length)
+    mask = columns < torch.tensor(LENGTHS)[:, None]
+    prompt_mask = torch.arange(width) >= width - torch.tensor(PROMPT_LENGTHS)[:, None]
+    made = Experience(
+        input_ids,
+        torch.cat([prompt_mask, mask], dim=1).long(),
+        # row 3 was left out of the loss, as a truncated completion is
+        mask & (torch.arange(8) != 3)[:, None],
+        torch.tensor(ADVANTAGES),
+    )
+    logp = naive_logp(tiny_model("gpt2"), made, 1.0)[0].detach().float()
+    noise = torch.randn(logp.shape, generator=generator)
+    return dataclasses.replace(
+        made,
+        old_logp=None if old is None else logp + old * noise,
+        ref_logp=None if ref is None else logp + ref * noise.flip(0),
+    )
+
+
+def naive_logp(model: Any, made: Experience, temperature: float) -> tuple[torch.Tensor, ...]:
+    """(logp, entropy) (N, C) in float64, from the logits of all positions."""
+    positions = position_ids(made.attention_mask)
+    logits = model(
+        made.input_ids, attention_mask=made.attention_mask, position_ids=positions
+    ).logits.double()
+    start = made.input_ids.shape[1] - made.mask.shape[1] - 1
+    log_p = (logits[:, start:-1] / temperature).log_softmax(-1)
+    logp = log_p.gather(-1, made.target[..., None]).squeeze(-1)
+    return logp, -(log_p.exp() * log_p).sum(-1)
+
+
+def naive_loss(model: Any, made: Experience, config: GRPOConfig) -> torch.Tensor:
+    """The loss of GRPO as the papers have it, one row at a time."""
+    logp, entropy = naive_logp(model, made, config.temperature)
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    rows = []
+    for row in range(len(made)):
+        counted = made.mask[row]
+        new = logp[row, counted]
+        old = new.detach() if made.old_logp is None else made.old_logp[row, counted].double()
+        ratio, advantage = (new - old).exp(), made.advantage[row].double()
+        bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
+        kept = torch.minimum(
+            bounded * advantage, ratio.clamp(1 - config.epsilon, 1 + high) * advantage
+        )
+        loss = -kept - config.entropy_coef * entropy[row, counted]
+        if config.beta:
+            gap = made.ref_logp[row, counted].double() - new
+            loss = loss + config.beta * (gap.exp() - 1 - gap)
+        rows.append(loss)
+    tokens = sum(len(row) for row in rows)
+    means = {
+        "grpo": lambda: (
+            sum(row.mean() for row in rows if len(row)) / sum(map(bool, map(len, rows)))
+        ),
+        "dapo": lambda: sum(row.sum() for row in rows) / tokens,
+        "bnpo": lambda: sum(row.sum() for row in rows) / tokens,
+        "dr_grpo": lambda: (
+            sum(row.sum() for row in rows)
+            / (sum(map(bool, map(len, rows))) * config.max_completion_length)
+        ),
+    }
+    return means[config.loss_type]()
+
+
+def gradient(model: Any) -> torch.Tensor:
+    """All gradients as one vector."""
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])

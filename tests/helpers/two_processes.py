@@ -1,0 +1,76 @@
+"""Run by each of two gloo processes: one update on half the rows each, then a whole short run.
+
+python two_processes.py DIRECTORY LOSS_TYPE...; every rank writes its results there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers import grpo as make
+from helpers.tiny import PROMPTS, save_tiny
+from rlcore.trainers.grpo import GRPOConfig, _update, train_grpo
+
+
+def one_update(directory: Path, loss_type: str) -> dict:
+    """The gradient and metrics of this rank's four rows in micro-batches of two."""
+    config = make.config(
+        directory,
+        loss_type=loss_type,
+        beta=0.3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    run = make.make_run(config)
+    rank = run.accelerator.process_index
+    made = make.experience(old=0.3, ref=0.4).take(torch.arange(4 * rank, 4 * rank + 4))
+    _, metrics = _update(run, 1, made, torch.arange(4))
+    return {"gradient": make.gradient(run.policy), "metrics": metrics}
+
+
+def short_run(directory: Path, rank: int) -> dict[str, torch.Tensor]:
+    """The weights after three steps of GRPO on a few prompts."""
+    if rank == 0:
+        save_tiny(directory / "model", initializer_range=0.05)
+        lines = [f'{{"prompt": "{prompt}", "answer": "7"}}' for prompt in PROMPTS]
+        (directory / "rows.jsonl").write_text("\n".join(lines))
+    torch.distributed.barrier()
+    config = GRPOConfig(
+        model=str(directory / "model"),
+        dataset=str(directory / "rows.jsonl"),
+        eval_dataset=str(directory / "rows.jsonl"),
+        output_dir=str(directory / "run"),
+        reward=["helpers.two_processes:seven"],
+        num_generations=4,
+        per_device_train_batch_size=4,
+        max_completion_length=4,
+        num_iterations=2,
+        max_steps=3,
+        save_steps=2,
+        learning_rate=1e-2,
+    )
+    return train_grpo(config).model.state_dict()
+
+
+def seven(prompts: list, completions: list, **_) -> list[float]:
+    """How often the completion says 7, and how long it is: no two groups are all alike."""
+    return [text.count("7") + 0.01 * len(text) for text in completions]
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    make.make_run(make.config(directory))  # sets the process group up
+    rank = torch.distributed.get_rank()
+    results = {name: one_update(directory, name) for name in sys.argv[2:]}
+    results["weights"] = short_run(directory, rank)
+    torch.save(results, directory / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Supervised fine-tuning: its loss, its batches, its schedule, and exact resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from rlcore.errors import TrainingDiverged, UserError
+from rlcore.tasks.arithmetic import make_problem, triples
+from rlcore.tracking import read_metrics
+from rlcore.trainers import common, metrics, sft
+from rlcore.trainers.common import batch_indices, mix_seed
+from rlcore.trainers.metrics import Clock, Means
+from rlcore.trainers.schedules import learning_rate_scale
+from rlcore.trainers.sft import SFTConfig, train_sft
+
+# Spies wrap this one, not each other.
+ADAMW_STEP = torch.optim.AdamW.step
+
+
+@pytest.fixture
+def config(tmp_path):
+    rng = random.Random(0)
+    problems = [make_problem(rng, triples()) for _ in range(12)]
+    lines = [
+        json.dumps({"prompt": row["prompt"], "completion": row["working"][: 4 + 2 * n]})
+        for n, row in enumerate(problems)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    return SFTConfig(
+        model=save_tiny(tmp_path / "model", initializer_range=0.05),
+        dataset=str(tmp_path / "rows.jsonl"),
+        output_dir=str(tmp_path / "run"),
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        max_steps=4,
+        max_grad_norm=0.0,
+    )
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def assert_same_weights(one, two) -> None:
+    for name, value in weights(one).items():
+        assert torch.equal(value, weights(two)[name]), name
+
+
+def gradient(monkeypatch, config, **changes) -> dict[str, torch.Tensor]:
+    """The gradient of the run's first optimizer step."""
+    taken = {}
+
+    def spy(self, *args, **kwargs):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        taken.update({index: p.grad.clone() for index, p in enumerate(parameters)})
+        return ADAMW_STEP(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    changes = {"max_steps": 1, "overwrite_output_dir": True, **changes}
+    train_sft(dataclasses.replace(config, **changes))
+    return taken
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_completion_tokens(config):
+    result = train_sft(dataclasses.replace(config, max_steps=1, per_device_train_batch_size=12))
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    total, count = 0.0, 0
+    for line in Path(config.dataset).read_text().splitlines():
+        row = json.loads(line)
+        prompt = tiny_tokenizer()(row["prompt"])["input_ids"]
+        ids = prompt + tiny_tokenizer()(row["completion"])["input_ids"]
+        ids = torch.tensor([*ids, tiny_tokenizer().eos_token_id])
+        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1].double()
+        total += torch.nn.functional.cross_entropy(logits, ids[len(prompt) :], reduction="sum")
+        count += len(ids) - len(prompt)
+    assert result.metrics["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert result.metrics["epoch"] == 1.0
+
+
+def test_micro_steps_add_up_to_the_large_batch(config, monkeypatch):
+    large = gradient(monkeypatch, config, per_device_train_batch_size=12)
+    small = gradient(
+        monkeypatch, config, per_device_train_batch_size=3, gradient_accumulation_steps=4
+    )
+    for name, value in large.items():
+        torch.testing.assert_close(small[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_steps_weighed_by_their_own_counts_would_not_add_up(config, monkeypatch):
+    large = gradient(monkeypatch, config, per_device_train_batch_size=12)
+    loss = sft._loss
+    monkeypatch.setattr(
+        sft,
+        "_loss",
+        lambda run, batch, num_items: loss(run, batch, 4 * batch.completion_mask.sum()),
+    )
+    small = gradient(
+        monkeypatch, config, per_device_train_batch_size=3, gradient_accumulation_steps=4
+    )
+    with pytest.raises(AssertionError):
+        for name, value in large.items():
+            torch.testing.assert_close(small[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_hold_rows_of_like_length(config, monkeypatch):
+    padding = []
+    loss = sft._loss
+
+    def spy(run, batch, num_items):
+        padding.append(int((1 - batch.attention_mask).sum()))
+        return loss(run, batch, num_items)
+
+    monkeypatch.setattr(sft, "_loss", spy)
+    train_sft(dataclasses.replace(config, max_steps=1, gradient_accumulation_steps=3))
+    sorted_padding = sum(padding)
+    padding.clear()
+    train_sft(
+        dataclasses.replace(
+            config, max_steps=1, per_device_train_batch_size=12, overwrite_output_dir=True
+        )
+    )
+    assert sorted_padding < sum(padding) / 2
+
+
+def test_it_learns_and_leaves_a_model_that_transformers_loads(config):
+    result = train_sft(dataclasses.replace(config, max_steps=30, eval_dataset=config.dataset))
+    lines = read_metrics(result.output_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert lines[-1]["loss"] < 0.4 * lines[0]["loss"]
+    assert lines[-1]["eval/loss"] < 0.4 * lines[0]["loss"]
+    assert lines[-1] == result.metrics
+    assert lines[-1]["num_tokens"] > 30 * 4 * 10
+    for name, value in weights(result.output_dir).items():
+        assert torch.equal(value, result.model.state_dict()[name])
+
+
+def test_an_evaluation_is_the_loss_of_the_model_as_it_is(config):
+    # one more step, without learning to speak of, sees what the evaluation saw
+    quick = dataclasses.replace(
+        config, max_steps=1, per_device_train_batch_size=12, learning_rate=1e-12
+    )
+    result = train_sft(dataclasses.replace(quick, eval_dataset=config.dataset))
+    assert result.metrics["eval/loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path):
+    dropout = save_tiny(tmp_path / "noisy", attention_dropout=0.2)
+    config = dataclasses.replace(
+        config, model=dropout, lr_scheduler_type="constant", max_steps=6, save_steps=3
+    )
+    train_sft(config)
+    halves = dataclasses.replace(config, output_dir=str(tmp_path / "halves"))
+    train_sft(dataclasses.replace(halves, max_steps=3))
+    train_sft(dataclasses.replace(halves, resume=True))
+    assert_same_weights(config.output_dir, halves.output_dir)
+    whole, resumed = (read_metrics(f"{c.output_dir}/metrics.jsonl") for c in (config, halves))
+    for name in ("step", "loss", "grad_norm", "num_tokens", "epoch"):
+        assert [line[name] for line in whole] == [line[name] for line in resumed]
+
+
+def test_the_seed_decides_the_run(config, tmp_path):
+    runs = {}
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        path = str(tmp_path / name)
+        train_sft(dataclasses.replace(config, output_dir=path, seed=seed))
+        runs[name] = path
+    assert_same_weights(runs["one"], runs["same"])
+    with pytest.raises(AssertionError):
+        assert_same_weights(runs["one"], runs["other"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(config, monkeypatch):
+    loss = sft._loss
+    calls = []
+
+    def explode(run, batch, num_items):
+        calls.append(batch)
+        return loss(run, batch, num_items) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(sft, "_loss", explode)
+    with pytest.raises(TrainingDiverged) as caught:
+        train_sft(dataclasses.replace(config, save_steps=2))
+    assert (caught.value.step, caught.value.quantity) == (3, "loss")
+    assert caught.value.last_checkpoint.name == "checkpoint-2"
+    assert str(caught.value.last_checkpoint) in str(caught.value)
+
+
+def test_an_infinite_gradient_stops_the_run_before_its_step(config, monkeypatch):
+    monkeypatch.setattr(
+        common, "_clip", lambda accelerator, model, limit: torch.tensor(float("inf"))
+    )
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(TrainingDiverged, match="step 1: grad_norm is inf"):
+        train_sft(config)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(config, monkeypatch):
+    def norm(**changes):
+        taken = gradient(monkeypatch, config, **changes)
+        return torch.cat([value.flatten() for value in taken.values()]).norm().item()
+
+    free = norm()
+    assert norm(max_grad_norm=free / 2) == pytest.approx(free / 2, rel=1e-3)
+    assert norm(max_grad_norm=2 * free) == pytest.approx(free, rel=1e-3)
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_weights(config):
+    result = train_sft(dataclasses.replace(config, bf16=True))
+    assert all(value.dtype == torch.float32 for value in result.model.state_dict().values())
+    exact = train_sft(dataclasses.replace(config, overwrite_output_dir=True))
+    assert result.metrics["loss"] == pytest.approx(exact.metrics["loss"], rel=0.05)
+    assert result.metrics["loss"] != exact.metrics["loss"]
+
+
+SCHEDULES = {
+    ("constant", 0.0, None): [0.5, 1.0, 1.0, 1.0, 1.0],
+    ("linear", 0.0, None): [0.5, 1.0, 1.0, 0.75, 0.25],
+    ("linear", 0.2, None): [0.5, 1.0, 1.0, 0.8, 0.4],
+    ("cosine", 0.0, None): [0.5, 1.0, 1.0, 0.853553, 0.146447],
+    ("warmup_stable_decay", 0.0, 0.2): [0.5, 1.0, 1.0, 1.0, 0.5],
+}
+
+
+@pytest.mark.parametrize("options, expected", SCHEDULES.items())
+def test_learning_rates_by_hand(config, options, expected):
+    name, minimum, decay = options
+    config = dataclasses.replace(
+        config,
+        warmup_steps=2,
+        lr_scheduler_type=name,
+        lr_min_ratio=minimum,
+        lr_decay_ratio=decay,
+    )
+    rates = [learning_rate_scale(config, step, 10) for step in (1, 2, 3, 5, 9)]
+    if name == "warmup_stable_decay":
+        rates[-1] = learning_rate_scale(config, 10, 10)
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lr_scheduler_type": "liner"}, "'liner'. Did you mean 'linear'"),
+        ({"lr_scheduler_type": "constant", "lr_min_ratio": 0.1}, "lr_min_ratio has no meaning"),
+        ({"lr_min_ratio": 2.0}, "lr_min_ratio must be in"),
+        ({"lr_decay_ratio": 0.5}, "lr_decay_ratio goes with"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_decay_ratio goes with"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"max_steps": -1, "num_train_epochs": 0.0}, "num_train_epochs must be positive"),
+        ({"warmup_steps": -1}, "warmup_steps must not be negative"),
+        ({"eval_steps": 5}, "no eval_dataset"),
+        ({"max_length": 1}, "max_length must be at least 2"),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1"),
+        ({"dataset": "/nowhere/rows.jsonl"}, "no data file"),
+        ({"model": "/nowhere/model"}, "no such directory"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_anything_is_written(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        train_sft(dataclasses.replace(config, **changes))
+    assert not Path(config.output_dir).exists()
+
+
+def test_epochs_say_how_many_steps_there_are(config):
+    result = train_sft(dataclasses.replace(config, max_steps=-1, num_train_epochs=1.5))
+    assert result.steps == 5  # 1.5 x 12 rows in batches of 4, the last one filled up
+    assert result.metrics["step"] == 5
+
+
+def test_every_epoch_is_a_permutation_and_batches_cut_one_endless_row():
+    flat = [index for number in range(6) for index in batch_indices(8, 4, number, seed=3)]
+    epochs = [flat[:8], flat[8:16], flat[16:]]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    odd = [index for number in range(8) for index in batch_indices(8, 3, number, seed=3)]
+    assert odd == flat
+    assert batch_indices(8, 8, 0, seed=4) != epochs[0]
+
+
+def test_mixed_seeds_differ_and_fit_a_generator():
+    seeds = {mix_seed(a, b) for a in range(30) for b in range(30)}
+    assert len(seeds) == 900
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_means_count_what_the_mask_counts(config):
+    accelerator = common.make_accelerator(config)
+    means = Means()
+    nan = float("nan")
+    means.add(torch.tensor([[True, False]]), kl=torch.tensor([[1.0, nan]]), entropy=None)
+    means.add(torch.tensor([[True, True]]), kl=torch.tensor([[2.0, 6.0]]))
+    assert means.reduce(accelerator) == {"kl": 3.0}
+    assert Means().reduce(accelerator) == {}
+
+
+def test_metrics_are_averaged_over_the_steps_between_two_lines(config):
+    every = train_sft(config)
+    rare = train_sft(dataclasses.replace(config, logging_steps=3, overwrite_output_dir=True))
+    lines = read_metrics(rare.output_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 4]
+    assert lines[-1]["loss"] == every.metrics["loss"]
+    assert lines[0]["loss"] > lines[-1]["loss"]
+    assert lines[-1]["num_tokens"] == every.metrics["num_tokens"]
+
+
+def test_the_clock_leaves_out_what_is_skipped(monkeypatch):
+    times = iter([0.0, 2.0, 2.0, 10.0, 12.0, 12.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
+    clock = Clock()
+    assert clock.lap(10) == {"step_time": 2.0, "tokens_per_second": 5.0}
+    clock.skip()
+    assert clock.lap(30) == {"step_time": 2.0, "tokens_per_second": 10.0}
