@@ -18,7 +18,7 @@ def categorical_kl_forward(p_logits, q_logits, mask, temperature, dtype) -> Tens
     kl = torch.zeros(p_logits.shape[:-1], dtype=dtype, device=p_logits.device)
     p_matrix, q_matrix, pair = Matrix(p_logits), Matrix(q_logits), _Pair(p_logits, dtype)
     for rows in select_rows(mask, kl.numel(), pair.size):
-        p, difference, _ = pair.read(p_matrix.read(rows), q_matrix.read(rows), temperature, False)
+        p, _, difference = pair.read(p_matrix.read(rows), q_matrix.read(rows), temperature)
         kl.view(-1)[rows] = _expected_difference(p, difference)
     return kl
 
@@ -38,9 +38,7 @@ def categorical_kl_backward(p_logits, q_logits, dp, dq, mask, kl, dkl, temperatu
     at_q = (dkl / temperature)[:, None]
     pair = _Pair(p_logits, kl.dtype)
     for rows in select_rows(flows, kl.numel(), pair.size):
-        p, difference, q = pair.read(
-            p_matrix.read(rows), q_matrix.read(rows), temperature, q_sink is not None
-        )
+        p, q, difference = pair.read(p_matrix.read(rows), q_matrix.read(rows), temperature)
         if q_sink is not None:
             q_sink.write(rows, q.sub_(p).mul_(at_q[rows]))
         if p_sink is not None:
@@ -57,7 +55,7 @@ def fisher_vector_product(logits, tangent, product, temperature, dtype) -> None:
     for rows in select_rows(None, logits.shape[:-1].numel(), size):
         block = source.read(rows)
         p, v = p_memory[: len(block)].copy_(block), v_memory[: len(block)]
-        torch.softmax(p.mul_(1 / temperature), -1, out=p)
+        _softmax(p, p, temperature)
         v.copy_(direction.read(rows)).masked_fill_(block == -torch.inf, 0)
         v.sub_(torch.linalg.vecdot(p, v)[:, None]).mul_(p).mul_(1 / temperature**2)
         sink.write(rows, v)
@@ -72,21 +70,25 @@ class _Pair:
         self.memory = torch.empty(shape, dtype=dtype, device=logits.device)
 
     def read(
-        self, p_block: Tensor, q_block: Tensor, temperature: float, with_q: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """p, log p - log q and, where asked for, q: each (n, V)."""
+        self, p_block: Tensor, q_block: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """p, q and log p - log q, each (n, V)."""
         a, p, b, q = self.memory[:, : len(p_block)].unbind()
-        for z, block in ((a, p_block), (b, q_block)):
-            z.copy_(block)
-            if temperature != 1:
-                z.mul_(1 / temperature)
-        torch.softmax(a, -1, out=p)
-        if with_q:
-            torch.softmax(b, -1, out=q)
-        # log_softmax over rows may write over its input
-        torch.log_softmax(a, -1, out=a)
-        torch.log_softmax(b, -1, out=b)
-        return p, a.sub_(b), q if with_q else None
+        p_total = _softmax(a.copy_(p_block), p, temperature)
+        q_total = _softmax(b.copy_(q_block), q, temperature)
+        return p, q, a.sub_(b).add_(torch.log(q_total / p_total))
+
+
+def _softmax(x: Tensor, p: Tensor, temperature: float) -> Tensor:
+    """Makes x (x - max x) / T and p its softmax; returns sum exp x, (n, 1). p may be x."""
+    x.sub_(x.amax(-1, keepdim=True))
+    if temperature != 1:
+        x.mul_(1 / temperature)
+    torch.softmax(x, -1, out=p)
+    # torch adds the exponentials up in order; what their sum lacks shows in a sum made pairwise
+    total, largest = p.sum(-1, keepdim=True), p.amax(-1, keepdim=True)
+    p.div_(total)
+    return total / largest
 
 
 def _expected_difference(p: Tensor, difference: Tensor) -> Tensor:

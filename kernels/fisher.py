@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import categorical_reference as reference
 from .backend import resolve_backend, takes_short_way, tl, triton
-from .categorical import accumulator_dtype, check_pair, lane_columns, same_phase
+from .categorical import check_pair
+from .categorical_kernels import accumulator_dtype, lane_columns, same_phase
 from .checks import check_finite, check_positive
 from .rows import (
     FLOOR,

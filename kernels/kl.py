@@ -46,13 +46,13 @@ def token_kl(logp, ref_logp, ESTIMATOR: tl.constexpr):
         kl, dkl = 0.5 * difference * difference, difference
     else:
         tl.static_assert(ESTIMATOR == "k3")
-        excess = _expm1(-difference)
+        excess = expm1(-difference)
         kl, dkl = excess + difference, -excess
     return kl, dkl
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
     # exp(x) - 1 cancels for small x, where a Taylor series does not
     series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
     return tl.where(tl.abs(x) < 0.125, series, tl.exp(x) - 1)

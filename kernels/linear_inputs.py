@@ -21,6 +21,11 @@ def prepare_head(
     """hidden as (N, H), weight and bias in one dtype, all differentiable in the originals."""
     if isinstance(weight, torch.nn.Module):
         raise ValueError(_module_message(weight))
+    if hasattr(hidden, "full_tensor"):
+        raise ValueError(
+            "hidden is a DTensor, but each rank computes its own tokens' loss: pass "
+            "hidden.to_local() or hidden.full_tensor()"
+        )
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
@@ -42,7 +47,7 @@ def prepare_head(
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name} must be a float tensor, got {tensor.dtype}")
     check_positive(softcap=softcap, logit_scale=logit_scale)
-    check_finite(logit_scale=logit_scale)
+    check_finite(logit_scale=logit_scale, softcap=1.0 if softcap is None else softcap)
     dtype = _product_dtype(hidden, weight)
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -60,8 +65,33 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one (FSDP2, tensor parallel), differentiably."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """The full tensor of a sharded one (FSDP2), differentiably.
+
+    Each rank has a loss of its own, so the gradient is their mean over the mesh, as FSDP's is;
+    ranks that hold the same tokens (tensor parallel) have the same gradient, which is its mean.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    mesh = tensor.device_mesh
+    whole = tensor.full_tensor(grad_placements=[Partial("sum")] * mesh.ndim)
+    if mesh.size() > 1 and whole.requires_grad:
+        whole = _DividedGradient.apply(whole, mesh.size())
+    return whole
+
+
+class _DividedGradient(torch.autograd.Function):
+    """The identity, whose gradient is divided by a number."""
+
+    @staticmethod
+    def forward(ctx, whole: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.divisor, None
 
 
 def _module_message(module: torch.nn.Module) -> str:

@@ -1,6 +1,6 @@
 """The fused head as registered operators, for torch.compile and other tracers.
 
-Functional twins of the autograd functions in linear_head.py, over the same passes.
+Functional twins of the autograd functions in linear_autograd.py, over the same passes.
 """
 
 from __future__ import annotations
@@ -8,19 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import linear_head
 from .blocks import statistics_dtype
 from .checks import check_targets_in_range
-from .linear_plan import LinearPlan, make_plan
+from .linear_chunks import Run, gradient_dtype
+from .linear_passes import logprob_backward, logprob_pass, policy_pass
+from .linear_plan import make_plan
 from .linear_products import Head
 from .surrogates import PolicyOptions
 
 
-def _plan(hidden, weight, head: Head, chunk_bytes, needs, coupled: bool) -> LinearPlan:
-    return make_plan(
-        hidden, weight, chunk_bytes=chunk_bytes, needs=tuple(needs), coupled=coupled,
-        separate_gradient=head.softcap is not None, keeps=False,
+def _run(hidden, weight, temperature, softcap, logit_scale, chunk_bytes, needs, backend, coupled):
+    """How an operator goes through its tokens: it keeps nothing but what it returns."""
+    needs = tuple(needs)
+    plan = make_plan(
+        hidden, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=coupled,
+        separate_gradient=softcap is not None, keeps=False,
     )  # fmt: skip
+    return Run(Head(temperature, softcap, logit_scale), plan, needs, backend)
 
 
 def _present(parts: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -28,9 +32,14 @@ def _present(parts: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if part is None else part for part in parts)
 
 
-def _empty_gradients(hidden, weight, needs) -> list[Tensor]:
+def _empty_gradients(hidden, weight, needs, dtype, otherwise) -> list[Tensor]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return [weight.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)]
+    return [
+        torch.empty(
+            shape if need else (0,), dtype=dtype if need else otherwise, device=hidden.device
+        )
+        for shape, need in zip(shapes, needs, strict=True)
+    ]
 
 
 @torch.library.custom_op("rlcore::linear_policy_loss", mutates_args=())
@@ -58,12 +67,13 @@ def linear_policy_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logp, entropy, kl, clipped, dhidden, dweight, dbias), empty where there is none."""
     check_targets_in_range(target, token_weight != 0, weight.shape[0], backend)
-    head = Head(temperature, softcap, logit_scale)
-    plan = _plan(hidden, weight, head, chunk_bytes, needs, coupled=False)
     options = PolicyOptions(surrogate, tuple(parameters), kl_estimator, beta, entropy_coef)
-    (loss, *rest), gradients = linear_head._policy_pass(
+    run = _run(
+        hidden, weight, temperature, softcap, logit_scale, chunk_bytes, needs, backend, False
+    )
+    (loss, *rest), gradients = policy_pass(
         hidden, weight, bias, target, [advantage, old_logp, ref_logp, ratio], token_weight,
-        options, head, plan, tuple(needs), backend,
+        options, run,
     )  # fmt: skip
     return _present([loss.sum(), *rest, *gradients], loss)
 
@@ -75,20 +85,19 @@ def _(hidden, weight, bias, target, advantage, old_logp, ref_logp, ratio, token_
     logp, entropy, kl = per_token
     kl = kl if ref_logp is not None else logp.new_empty(0)
     clipped = torch.empty(target.shape, dtype=torch.bool, device=target.device)
-    gradients = _empty_gradients(hidden, weight, options[-2])
-    gradients = [g if g.numel() else logp.new_empty(0) for g in gradients]
+    gradients = _empty_gradients(hidden, weight, options[-2], gradient_dtype(weight.dtype), dtype)
     return logp.new_empty(()), logp, entropy, kl, clipped, *gradients
 
 
 def _policy_context(ctx, inputs, output):
     ctx.save_for_backward(*output[-3:])
-    ctx.needs, ctx.inputs = inputs[-2], len(inputs)
+    ctx.needs, ctx.inputs, ctx.dtype = inputs[-2], len(inputs), inputs[1].dtype
     ctx.set_materialize_grads(False)
 
 
 def _policy_backward(ctx, dloss, *_):
     gradients = [
-        (g * dloss).to(g.dtype) if need and dloss is not None else None
+        (g * dloss).to(ctx.dtype) if need and dloss is not None else None
         for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
     return *gradients, *(None,) * (ctx.inputs - 3)
@@ -113,11 +122,8 @@ def linear_token_logprob_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy, lse, row_max, log_sum), empty where the call does without."""
-    head = Head(temperature, softcap, logit_scale)
-    plan = _plan(hidden, weight, head, chunk_bytes, needs, coupled=True)
-    statistics, _ = linear_head._logprob_pass(
-        hidden, weight, bias, target, mask, with_entropy, head, plan, backend
-    )
+    run = _run(hidden, weight, temperature, softcap, logit_scale, chunk_bytes, needs, backend, True)
+    statistics, _ = logprob_pass(hidden, weight, bias, target, mask, with_entropy, run)
     return _present(statistics, statistics[0])
 
 
@@ -148,19 +154,17 @@ def linear_token_logprob_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias), empty where unneeded; statistics = (entropy, row_max, log_sum)."""
-    head = Head(temperature, softcap, logit_scale)
-    plan = _plan(hidden, weight, head, chunk_bytes, needs, coupled=True)
-    saved = [s if s.numel() == target.numel() else None for s in statistics]
-    gradients = linear_head._logprob_backward(
-        hidden, weight, bias, target, mask, *saved, None, dlogp, dentropy, dlse,
-        head, plan, tuple(needs), backend,
-    )  # fmt: skip
+    run = _run(hidden, weight, temperature, softcap, logit_scale, chunk_bytes, needs, backend, True)
+    statistics = [s if s.numel() == target.numel() else None for s in statistics]
+    gradients = logprob_backward(
+        hidden, weight, bias, target, mask, statistics, None, [dlogp, dlse, dentropy], run
+    )
     return _present(gradients, weight)
 
 
 @linear_token_logprob_backward_op.register_fake
 def _(hidden, weight, *rest):
-    return tuple(_empty_gradients(hidden, weight, rest[-2]))
+    return tuple(_empty_gradients(hidden, weight, rest[-2], weight.dtype, weight.dtype))
 
 
 def _logprob_context(ctx, inputs, output):

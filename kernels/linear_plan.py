@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .blocks import statistics_dtype
+from .linear_products import SLICE_BYTES
 
 # Bytes of a chunk's logits: on a GPU large enough that the traffic of dW is amortised; on a CPU
 # what keeps the row work near the cache.
 DEFAULT_CHUNK_BYTES = {"cpu": 64 << 20}
 DEFAULT_CHUNK_BYTES_ELSEWHERE = 768 << 20
 
-# strategy -> (forward products, recomputed products) per token, each 2 H V operations
+# strategy -> what it does, as a printed plan says
 STRATEGIES = {
     "one-pass": "the loss knows its derivative in the chunk: the gradient is made at once",
-    "kept-logits": "all logits fit chunk_bytes: kept for the backward, nothing is recomputed",
+    "kept-logits": "all logits fit chunk_bytes twice: kept for the backward, nothing recomputed",
     "unit-gradient": "frozen head: the forward stores dlse/dhidden, the backward scales its rows",
     "recompute": "the backward makes each chunk's logits again",
     "forward": "no input needs a gradient",
@@ -83,30 +84,43 @@ def make_plan(
         keeps: whether a coupled loss may keep logits or gradients from its forward.
     """
     (tokens, hidden_size), vocabulary = hidden.shape, weight.shape[0]
-    logit = statistics_dtype(hidden).itemsize
-    low_precision = hidden.element_size() < logit
-    logit += hidden.element_size() if low_precision or separate_gradient else 0
+    accumulator = statistics_dtype(hidden).itemsize
+    low_precision = hidden.element_size() < accumulator
+    separate_gradient = separate_gradient or low_precision
+    logit = accumulator + hidden.element_size() * separate_gradient
+    if chunk_bytes is not None and chunk_bytes < 0:
+        raise ValueError(f"chunk_bytes must not be negative, got {chunk_bytes}")
     if chunk_bytes is None:
         chunk_bytes = DEFAULT_CHUNK_BYTES.get(hidden.device.type, DEFAULT_CHUNK_BYTES_ELSEWHERE)
     most = max(min(chunk_bytes // (vocabulary * logit), tokens), 1)
     chunks = max(-(-tokens // most), 1)
     chunk_tokens = max(-(-tokens // chunks), 1)
-    backward = 2 * needs[0] + 2 * needs[1]
-    strategy, operations = "one-pass", 2 + backward
+    operations = 2 + 2 * needs[0] + 2 * needs[1]
     peak = chunk_tokens * vocabulary * logit
+    kept = tokens * vocabulary * accumulator
+    strategy = "one-pass"
     if not any(needs):
         strategy = "forward"
-    elif coupled and keeps and tokens * vocabulary * logit <= chunk_bytes:
-        strategy = "kept-logits"
+    elif coupled and keeps and kept + peak <= chunk_bytes:
+        strategy, peak = "kept-logits", kept + peak
     elif coupled and keeps and needs == (True, False, False) and not with_entropy:
         strategy = "unit-gradient"
-        peak += tokens * hidden_size * statistics_dtype(hidden).itemsize
+        peak += tokens * hidden_size * accumulator
     elif coupled:
-        strategy, operations = "recompute", 4 + backward
-    if needs[1] and low_precision:
-        peak += weight.numel() * statistics_dtype(hidden).itemsize
+        strategy, operations = "recompute", operations + 2
+    if low_precision:
+        peak += _beside_low_precision(hidden, weight, needs)
     return LinearPlan(
         strategy, tokens, hidden_size, vocabulary, chunk_tokens,
         operations * tokens * hidden_size * vocabulary,
         2 if strategy == "recompute" else 1, peak,
     )  # fmt: skip
+
+
+def _beside_low_precision(hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> int:
+    """Bytes of dweight's fp32 sum, which is rounded at the end, and on a CPU of fp32 slices."""
+    accumulator = statistics_dtype(hidden).itemsize
+    peak = weight.numel() * accumulator if needs[1] else 0
+    if hidden.device.type == "cpu":
+        peak += min(SLICE_BYTES, weight.numel() * accumulator)
+    return peak

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .blocks import statistics_dtype
 
+LEAST_ROWS = 4  # with fewer, a CPU's library takes another route, with other rounding
 SLICE_BYTES = 8 << 20  # of the head's weight brought to fp32 at a time on a CPU
 
 
@@ -52,6 +53,11 @@ class Products:
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """out (n, V) = hidden (n, H) W^T + bias, in the accumulator's dtype, never rounded."""
+        if self.on_cpu and 0 < len(hidden) < LEAST_ROWS:
+            padding = (0, 0, 0, LEAST_ROWS - len(hidden))
+            padded = torch.nn.functional.pad(hidden, padding)
+            every = self.logits(padded, out.new_empty(LEAST_ROWS, out.shape[1]))
+            return out.copy_(every[: len(hidden)])
         if not self.low_precision:
             torch.mm(hidden, self.weight.T, out=out)
         elif self.on_cpu:

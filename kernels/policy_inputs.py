@@ -11,7 +11,7 @@ from .aggregation import token_weight
 from .checks import check_finite, check_name, check_per_token, check_positive, check_rows
 from .kl import KL_ESTIMATORS
 from .reference import statistics_dtype
-from .surrogates import SURROGATES, PolicyOptions
+from .surrogates import LEVELS, SURROGATES, PolicyOptions
 
 
 class PolicyInputs(NamedTuple):
@@ -54,11 +54,14 @@ def prepare_policy(
     check_finite(beta=beta, entropy_coef=entropy_coef)
     check_name("surrogate", surrogate, SURROGATES)
     check_name("kl_estimator", kl_estimator, KL_ESTIMATORS)
-    check_name("importance_sampling_level", importance_sampling_level, ("token",))
+    _check_level(surrogate, importance_sampling_level, rows, loss_agg_mode, cu_seqlens)
     if beta != 0 and ref_logp is None:
         raise ValueError(f"beta is {beta} but ref_logp is None: pass ref_logp or set beta to 0")
     parameters = _parameters(surrogate, old_logp, epsilon, epsilon_high, delta, surrogate_params)
-    options = PolicyOptions(surrogate, parameters, kl_estimator, float(beta), float(entropy_coef))
+    options = PolicyOptions(
+        surrogate, parameters, kl_estimator, float(beta), float(entropy_coef),
+        importance_sampling_level,
+    )  # fmt: skip
     dtype = statistics_dtype(rows)
     if mask is None:
         mask = torch.ones(target.shape, dtype=torch.bool, device=rows.device)
@@ -76,28 +79,63 @@ def prepare_policy(
     return PolicyInputs(options, mask, weight, per_token)
 
 
+def _check_level(
+    surrogate: str, level: str, rows: Tensor, loss_agg_mode: str, cu_seqlens: Tensor | None
+) -> None:
+    check_name("importance_sampling_level", level, LEVELS)
+    levels = SURROGATES[surrogate].levels
+    if level not in levels:
+        raise ValueError(
+            f"surrogate {surrogate!r} has no importance ratio at {level} level: set "
+            f"importance_sampling_level to {' or '.join(map(repr, levels))}"
+        )
+    if level == "sequence" and rows.dim() == 2 and cu_seqlens is None:
+        raise ValueError(
+            "importance_sampling_level 'sequence' on packed (N,) tokens needs cu_seqlens, the "
+            "(B + 1,) boundaries of the sequences; or pass (B, T) tensors"
+        )
+    if cu_seqlens is not None and level == "token" and loss_agg_mode == "token-mean":
+        raise ValueError(
+            "cu_seqlens has no use at token level with loss_agg_mode 'token-mean': leave it None"
+        )
+
+
 def _parameters(surrogate, old_logp, epsilon, epsilon_high, delta, surrogate_params):
     """The surrogate's parameters in its order; what it has no use for is refused."""
     entry = SURROGATES[surrogate]
-    values = {"epsilon": epsilon, "epsilon_high": epsilon if epsilon_high is None else epsilon_high}
-    values["delta"] = float("inf") if delta is None else delta
-    for name, value in {"epsilon_high": epsilon_high, "delta": delta}.items():
-        if value is not None and name not in entry.parameters:
+    given = {"epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
+    for name in ("epsilon_high", "delta"):
+        if given[name] is not None and name not in entry.parameters:
             raise ValueError(f"surrogate {surrogate!r} does not use {name}: leave it None")
+        if given[name] is None and name in entry.explicit:
+            raise ValueError(
+                f"surrogate {surrogate!r} bounds the ratio itself by {name}: pass it, 5.0 say"
+            )
     if old_logp is not None and not entry.has_ratio:
         raise ValueError(
             f"surrogate {surrogate!r} has no importance ratio, so it takes no old_logp: leave it "
             "None, or pass importance_sampling_ratio"
         )
-    for name, value in (surrogate_params or {}).items():
-        if name in values or name not in entry.parameters:
-            known = [p for p in entry.parameters if p not in values]
-            raise ValueError(f"surrogate_params of {surrogate!r} may hold {known}, got {name!r}")
-        values[name] = value
-    missing = [name for name in entry.parameters if name not in values]
+    shared = {"epsilon": epsilon, "epsilon_high": epsilon if epsilon_high is None else epsilon_high}
+    shared["delta"] = float("inf") if delta is None else delta
+    values = shared | _own_parameters(surrogate, surrogate_params or {}, tuple(shared))
+    return tuple(float(values[name]) for name in entry.parameters)
+
+
+def _own_parameters(surrogate: str, params: dict[str, float], shared: tuple[str, ...]) -> dict:
+    """surrogate_params over the table's defaults, without gaps and in range."""
+    entry = SURROGATES[surrogate]
+    own = [name for name in entry.parameters if name not in shared]
+    for name in params:
+        if name not in own:
+            raise ValueError(f"surrogate_params of {surrogate!r} may hold {own}, got {name!r}")
+    values = {**entry.defaults, **params}
+    missing = [name for name in own if name not in values]
     if missing:
         raise ValueError(f"surrogate {surrogate!r} needs surrogate_params {missing}")
-    return tuple(float(values[name]) for name in entry.parameters)
+    check_finite(**values)
+    check_positive(**{name: values[name] for name in entry.positive})
+    return values
 
 
 def _per_token(name: str, value: Tensor | None, rows: Tensor, dtype: torch.dtype):

@@ -34,6 +34,7 @@ from .rows import (
     store_row_gradient,
     with_unit_stride,
 )
+from .sequence_ratio import share_sequence_ratio
 from .surrogates import SURROGATES, PolicyOptions, policy_terms
 from .token_logprob import UNSPECIALIZED, TokenLogprob, memory_for, token_logprob
 
@@ -117,8 +118,9 @@ def _policy_loss_kernel(
         tl.store(Entropy + row, entropy)
         tl.store(Clipped + row, clipped)
         dlogp *= weight
+        # NaN where the target is out of range, and then so is the whole row
+        dlogp = tl.where(logp == logp, dlogp, logp)
         if (dlogp != 0) | (entropy_coef != 0):
-            # dlogp is NaN where the target is out of range, and then so is the whole row
             store_row_gradient(
                 Row, Drow, x_last, shift, end, target, row_max, log_sum, entropy,
                 dlogp, -dlogp, -entropy_coef * weight, inv_temperature, True, True, BLOCK,
@@ -322,7 +324,8 @@ def policy_loss(
         ref_logp: likewise of the reference policy, for the KL; needed where beta is not 0.
         mask: bool (N,) or (B, T), true = the token counts; elsewhere all results and the
             gradient are 0 whatever the inputs hold. None = every token counts.
-        surrogate: "reinforce" or "ppo_clip"; see SURROGATES.
+        surrogate: "reinforce", "ppo_clip", "ppo_penalty", "cispo", "cispo_abs", "sapo", "gmpo",
+            "dppo_tv", "dppo_kl", "kl_cov", or one of `register_surrogate`; see SURROGATES.
         epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high];
             epsilon_high None = epsilon.
         delta: bound on the ratio where the advantage is negative (dual clip); None = none.
@@ -330,12 +333,14 @@ def policy_loss(
         kl_estimator: "k1", "k2" or "k3" (see KL_ESTIMATORS for what their gradients estimate).
         entropy_coef: coefficient of the entropy bonus.
         temperature: positive; divides the logits before everything else.
-        importance_sampling_level: "token": each token has its own ratio.
+        importance_sampling_level: "token": each token has its own ratio; "sequence": a sequence's
+            tokens share exp(mean of logp - old_logp) (GSPO, arXiv:2507.18071, eq. 7), by rows of
+            (B, T) or by cu_seqlens. The gradient is then made in a pass of its own.
         importance_sampling_ratio: (N,), (B, T) or (B,): detached weights on the surrogate alone.
         loss_agg_mode, num_items, norm_length, cu_seqlens: how tokens become one scalar; see
             `token_weight`. With `num_items` counted over the full batch, micro-batches and ranks
             add up to its loss and gradient exactly.
-        surrogate_params: further parameters of the surrogate, by name.
+        surrogate_params: further parameters of the surrogate, by name; the table has defaults.
         inplace_backward: permits the logits' storage to take the gradient, already in this call;
             the logits are then used up. Under torch.compile the graph plans its own memory and
             makes no use of the permission.
@@ -362,12 +367,12 @@ def policy_loss(
         num_items=num_items, norm_length=norm_length, cu_seqlens=cu_seqlens,
         surrogate_params=surrogate_params,
     )  # fmt: skip
-    if not _makes_gradient_in_forward(logits, surrogate, backend):
+    if not _makes_gradient_in_forward(logits, options, backend):
         statistics = token_logprob(
             logits, target, temperature=temperature, mask=mask,
             inplace_backward=inplace_backward, backend=backend,
         )  # fmt: skip
-        return composed_policy_loss(statistics, mask, weight, per_token, options)
+        return composed_policy_loss(statistics, mask, weight, per_token, options, cu_seqlens)
     if takes_short_way(logits, target, mask, weight, *per_token):
         check_targets_in_range(target, mask, logits.shape[-1], backend)
         return PolicyLoss(
@@ -383,7 +388,7 @@ def policy_loss(
     return PolicyLoss(loss.sum(), logp.detach(), entropy.detach(), kl, clipped)
 
 
-def _makes_gradient_in_forward(logits: Tensor, surrogate: str, backend: str) -> bool:
+def _makes_gradient_in_forward(logits: Tensor, options: PolicyOptions, backend: str) -> bool:
     """Whether the one-launch path serves the call.
 
     float16 waits for the upstream gradient: a loss scaler puts its factor there, without which
@@ -393,7 +398,7 @@ def _makes_gradient_in_forward(logits: Tensor, surrogate: str, backend: str) -> 
         torch.is_grad_enabled()
         and logits.requires_grad
         and logits.dtype != torch.float16
-        and (backend == "torch" or SURROGATES[surrogate].triton is not None)
+        and options.knows_derivative(backend)
     )
 
 
@@ -403,11 +408,21 @@ def composed_policy_loss(
     weight: Tensor,
     per_token: list[Tensor | None],
     options: PolicyOptions,
+    cu_seqlens: Tensor | None = None,
 ) -> PolicyLoss:
-    """The PyTorch formula on differentiable statistics: a forward alone, or autograd's backward."""
+    """The PyTorch formula on differentiable statistics: a forward alone, or autograd's backward.
+
+    cu_seqlens are the boundaries of packed (N,) tokens, for a ratio at sequence level.
+    """
     logp, entropy, _ = statistics
     per_token = [None if t is None else torch.where(mask, t, 0.0) for t in per_token]
-    terms = policy_terms(logp, entropy, *per_token, options)
+    advantage, old_logp, *others = per_token
+    clipped = torch.zeros_like(mask)
+    if options.importance_sampling_level == "sequence":
+        old_logp, clipped = share_sequence_ratio(
+            logp, old_logp, advantage, mask, options, cu_seqlens
+        )
+    terms = policy_terms(logp, entropy, advantage, old_logp, *others, options)
     loss = torch.where(mask, terms.loss * weight, 0.0).sum()
     kl = None if terms.kl is None else torch.where(mask, terms.kl.detach(), 0.0)
-    return PolicyLoss(loss, logp.detach(), entropy.detach(), kl, terms.clipped & mask)
+    return PolicyLoss(loss, logp.detach(), entropy.detach(), kl, (terms.clipped | clipped) & mask)

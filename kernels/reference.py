@@ -16,6 +16,7 @@ from torch import Tensor
 from .blocks import Matrix, rows_per_block, select_rows, statistics_dtype
 from .surrogates import policy_terms
 
+SUMMED = 1024  # terms of a sum that one thread takes
 FLOOR = -1e30  # stands for -inf where 0 * -inf would make NaN
 
 
@@ -184,10 +185,20 @@ def _at(x: Tensor, target: Tensor) -> Tensor:
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
     """sum_j p_j x_j, with 0 * -inf = 0. May floor x in place."""
-    total = torch.linalg.vecdot(p, x)
+    total = _row_dot(p, x)
     if total.isnan().any():
-        total = torch.linalg.vecdot(p, x.clamp_(min=FLOOR))
+        total = _row_dot(p, x.clamp_(min=FLOOR))
     return total
+
+
+def _row_dot(p: Tensor, x: Tensor) -> Tensor:
+    """sum_j p_j x_j in an order that does not depend on the number of rows or threads.
+
+    A long sum of few rows would be split over the threads, and short sums are not.
+    """
+    whole = p.shape[-1] // SUMMED * SUMMED
+    head = (t[:, :whole].unflatten(-1, (-1, SUMMED)) for t in (p, x))
+    return torch.linalg.vecdot(*head).sum(-1) + torch.linalg.vecdot(p[:, whole:], x[:, whole:])
 
 
 def _gradient(p, target, at_target, at_softmax, entropy_part, temperature):

@@ -39,6 +39,20 @@ def _powers(
     return tuple(part.to(device, dtype) for part in (powers, within, powers.flip(0)))
 
 
+SAME_SIZE = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _bits(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """All bits set where true, none where false, in integers of the size of `dtype`."""
+    return keep.to(SAME_SIZE[dtype]).neg_()
+
+
+def _select(x: Tensor, bits: Tensor) -> Tensor:
+    """Zeroes x in place, NaN too, where no bit is set; masked_fill_ takes 8 to 25 times as long."""
+    x.view(bits.dtype).bitwise_and_(bits)
+    return x
+
+
 def _split(length: int) -> tuple[int, int, int]:
     """(tokens put before the row's start, blocks, tokens of a block)."""
     if length <= BLOCK:
@@ -46,19 +60,30 @@ def _split(length: int) -> tuple[int, int, int]:
     return -length % BLOCK, -(-length // BLOCK), BLOCK
 
 
-def _scan_constant(x: Tensor, coefficient: float, carry: Tensor) -> Tensor:
-    """N (B, T) for x (B, T), one coefficient for all and carry (B,) past the rows' ends."""
+def _scan_constant(
+    x: Tensor, coefficient: float, carry: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """N (B, T) for x (B, T), one coefficient for all and carry (B,) past the rows' ends (None: 0).
+
+    `out` (B, T), other memory than x, may be used for the result.
+    """
     rows, length = x.shape
     pad, blocks, size = _split(length)
     if pad:
-        x = torch.nn.functional.pad(x, (pad, 0))
+        x, out = torch.nn.functional.pad(x, (pad, 0)), None
     to_head, within, from_right = _powers(coefficient, size, x.dtype, x.device)
     x = x.reshape(rows * blocks, size)
     if blocks > 1:
-        heads = (x @ to_head).view(rows, blocks)
+        heads = torch.mv(x, to_head).view(rows, blocks)
         carry = _scan_constant(heads, coefficient**size, carry).reshape(-1)
-    following = torch.outer(carry, from_right).addmm_(x, within)
-    return following.view(rows, blocks * size)[:, pad:]
+    if out is not None:
+        out = out.view(rows * blocks, size)
+    if carry is None:
+        following = torch.mm(x, within, out=out)
+    else:
+        following = torch.outer(carry, from_right, out=out).addmm_(x, within)
+    following = following.view(rows, blocks * size)
+    return following[:, pad:] if pad else following
 
 
 def _scan(x: Tensor, c: Tensor, carry: Tensor) -> Tensor:
@@ -102,27 +127,29 @@ def _next_values(
     coefficient: float,
     mask: Tensor | None,
     goes_on: Tensor | None,
-    carry: Tensor,
+    carry: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     """N (B, T), by the closed form where every counted token but a row's last goes on."""
-    if goes_on is not None and not torch.equal(goes_on, mask):
+    if mask is None:
+        return _scan_constant(x, coefficient, carry, out)
+    if goes_on is not None:
         ends = last_counted(mask)
         if torch.equal(goes_on | ends, mask):
-            carry = torch.where((ends & ~goes_on).any(1), 0, carry)
+            if carry is not None:
+                carry = torch.where((ends & ~goes_on).any(1), 0, carry)
             goes_on = None
-    else:
-        goes_on = None
-    if goes_on is None and mask is None:
-        return _scan_constant(x, coefficient, carry)
     if goes_on is None and not _has_holes(mask):
-        # what enters the last counted token stands right after it; at the row's end it is carry
-        after = torch.gt(mask[:, :-1], mask[:, 1:])
-        x[:, 1:] = torch.where(after, carry[:, None], x[:, 1:])
-        return _scan_constant(x, coefficient, torch.where(mask[:, -1], carry, 0))
-    goes_on = mask if goes_on is None else goes_on
+        if carry is not None:
+            # what enters the last counted token stands right after it; at the row's end it is carry
+            after = torch.gt(mask[:, :-1], mask[:, 1:])
+            x[:, 1:] = torch.where(after, carry[:, None], x[:, 1:])
+            carry = torch.where(mask[:, -1], carry, 0)
+        return _scan_constant(x, coefficient, carry, out)
     zero = x.new_zeros(())
+    goes_on = mask if goes_on is None else goes_on
     c = torch.where(mask, torch.where(goes_on, zero + coefficient, zero), zero + 1)
-    return _scan(x, c, carry)
+    return _scan(x, c, x.new_zeros(len(x)) if carry is None else carry)
 
 
 def gae_into(
@@ -136,41 +163,48 @@ def gae_into(
     gamma: float,
     lam: float,
 ) -> None:
-    """Fills advantage and returns, (b, T) of their dtype; value None: discounted rewards alone."""
+    """Fills advantage and returns, (b, T) of their dtype; value None: discounted rewards alone.
+
+    Until they are filled their memory holds x and N, so that no other is touched.
+    """
     dtype = returns.dtype
     reward = reward.to(dtype)
-    x = reward.clone() if value is None else torch.lerp(value.to(dtype), reward, lam)
-    zero = x.new_zeros(())
+    if value is None:
+        x = returns.copy_(reward)
+    else:
+        x = torch.lerp(value.to(dtype), reward, lam, out=returns)
     if terminated is not None and mask is None:
         mask = torch.ones_like(terminated)
     goes_on = None if terminated is None else mask & ~terminated
     if mask is not None:
-        x = torch.where(mask, x, zero)
-    carry = x.new_zeros(len(x)) if last_value is None else last_value.to(dtype)
-    following = _next_values(x, gamma * lam, mask, goes_on, carry)
+        counted = _bits(mask, dtype)
+        _select(x, counted)
+    carry = None if last_value is None else last_value.to(dtype)
+    following = _next_values(x, gamma * lam, mask, goes_on, carry, advantage)
     if goes_on is not None:
-        following = torch.where(goes_on, following, zero)
+        _select(following, _bits(goes_on, dtype))
     torch.add(reward, following, alpha=gamma, out=returns)
     if value is not None:
         torch.sub(returns, value, out=advantage)
     if mask is not None:
-        for result in (returns, advantage)[: 1 if value is None else 2]:
-            result.masked_fill_(~mask, 0)
+        _select(returns, counted)
+        if value is not None:
+            _select(advantage, counted)
 
 
 def gae(reward, value, mask, terminated, last_value, gamma, lam, dtype) -> tuple[Tensor, Tensor]:
     """(advantage, returns), each (B, T), by a cacheful of rows; no value, no advantage: empty."""
     returns = torch.empty(reward.shape, dtype=dtype, device=reward.device)
-    advantage = returns.new_empty(0 if value is None else reward.shape)
-    if returns.numel() == 0:
-        return advantage, returns
-    size = max(CACHED_TOKENS // reward.shape[1], 1)
-    for start in range(0, len(reward), size):
-        rows = slice(start, start + size)
-        given = (reward, value, mask, terminated, last_value)
-        parts = (None if part is None else part[rows] for part in given)
-        gae_into(None if value is None else advantage[rows], returns[rows], *parts, gamma, lam)
-    return advantage, returns
+    advantage = None if value is None else torch.empty_like(returns)
+    given = (advantage, returns, reward, value, mask, terminated, last_value)
+    size = max(CACHED_TOKENS // max(reward.shape[1], 1), 1)
+    if returns.numel() > 0 and len(reward) <= size:
+        gae_into(*given, gamma, lam)
+    elif returns.numel():
+        for start in range(0, len(reward), size):
+            rows = slice(start, start + size)
+            gae_into(*(None if part is None else part[rows] for part in given), gamma, lam)
+    return returns.new_empty(0) if advantage is None else advantage, returns
 
 
 def shaped_reward(score, logp, ref_logp, mask, beta, kl_estimator, dtype) -> Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from . import categorical, fisher, policy_loss, token_logprob
+from . import categorical_kernels as categorical
+from . import fisher, policy_loss, scan_specs, token_logprob
 from .backend import tl
 from .rows import ONE_SWEEP_TILE, TWO_SWEEP_TILE, choose_launch
 from .surrogates import SURROGATES
@@ -36,6 +37,7 @@ def compile_specs(
                     "constexprs": constants,
                     "options": launch.compiler_options(),
                 }
+    yield from scan_specs.compile_specs()
 
 
 def _kernels(logits: str) -> dict[str, tuple]:

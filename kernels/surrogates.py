@@ -1,21 +1,21 @@
-"""The policy-gradient surrogates: one formula each, in PyTorch and as a jitted twin.
+"""The table of policy-gradient surrogates, and a token's policy loss made from one of them.
 
-A formula maps per-token (logp, old_logp, advantage, *parameters) to
-(loss, dloss/dlogp, clipped). A new surrogate is one pair of functions and one row in SURROGATES;
+A new surrogate is one pair of formulas and one row in SURROGATES (a user's: `register_surrogate`);
 every kernel, backend and trainer then knows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .backend import tl, triton
+from . import surrogate_formulas as formulas
 from .kl import KL_ESTIMATORS
+
+LEVELS = ("token", "sequence")
 
 
 @dataclass(frozen=True)
@@ -25,64 +25,56 @@ class Surrogate:
     Args:
         torch: (logp, old_logp, advantage, parameters) -> (loss, dlogp, clipped), elementwise.
         triton: the jitted twin; None = served by the torch formula on every backend.
-        parameters: names of the scalars the formulas take, in order.
+        parameters: names of the scalars the formulas take, in order: of "epsilon",
+            "epsilon_high", "delta" (arguments of every policy loss) and its own.
+        defaults: values of its own parameters where surrogate_params leaves them out.
+        positive: its own parameters that must be positive.
+        explicit: those of every policy loss that it takes no default of: they must be given.
         has_ratio: False where the formula has no importance ratio, so takes no old_logp.
+        levels: the importance_sampling_levels that it is defined at.
+        clip_token: at sequence level, what becomes of each token's log-ratio before the mean:
+            (log_ratio, advantage, parameters) -> (log_ratio, clipped).
     """
 
     torch: Callable[..., tuple[Tensor, Tensor, Tensor]]
     triton: Callable | None
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    positive: tuple[str, ...] = ()
+    explicit: tuple[str, ...] = ()
     has_ratio: bool = True
+    levels: tuple[str, ...] = LEVELS
+    clip_token: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
-def reinforce(logp, old_logp, advantage, parameters):
-    """loss = -A log pi(a|s): the policy gradient theorem (Williams 1992, eq. 3; Sutton 2000)."""
-    return -advantage * logp, -advantage, torch.zeros_like(logp, dtype=torch.bool)
-
-
-@triton.jit
-def _reinforce(logp, old_logp, advantage, parameters):
-    return -advantage * logp, -advantage, logp < logp
-
-
-def ppo_clip(logp, old_logp, advantage, parameters):
-    """loss = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = pi / pi_old.
-
-    PPO (arXiv:1707.06347) eq. 7; epsilon_high apart from epsilon is clip-higher (DAPO,
-    arXiv:2503.14476, eq. 10). For A < 0 the objective is bounded below by delta * A: dual clip
-    (arXiv:1912.09729, eq. 5), off where delta is infinite. `held` is the ratio, or the constant
-    wherever the minimum picks it; there the gradient is zero.
-    """
-    epsilon, epsilon_high, delta = parameters
-    ratio = torch.exp(logp - old_logp)
-    too_high = (advantage > 0) & (ratio > 1 + epsilon_high)
-    too_low = (advantage < 0) & (ratio < 1 - epsilon)
-    too_bad = (advantage < 0) & (ratio > delta)
-    held = torch.where(too_bad, delta, ratio)
-    held = torch.where(too_low, 1 - epsilon, held)
-    held = torch.where(too_high, 1 + epsilon_high, held)
-    clipped = too_high | too_low | too_bad
-    return -advantage * held, torch.where(clipped, 0.0, -advantage * ratio), clipped
-
-
-@triton.jit
-def _ppo_clip(logp, old_logp, advantage, parameters):
-    epsilon, epsilon_high, delta = parameters
-    ratio = tl.exp(logp - old_logp)
-    too_high = (advantage > 0) & (ratio > 1 + epsilon_high)
-    too_low = (advantage < 0) & (ratio < 1 - epsilon)
-    too_bad = (advantage < 0) & (ratio > delta)
-    held = tl.where(too_bad, delta, ratio)
-    held = tl.where(too_low, 1 - epsilon, held)
-    held = tl.where(too_high, 1 + epsilon_high, held)
-    clipped = too_high | too_low | too_bad
-    return -advantage * held, tl.where(clipped, 0.0, -advantage * ratio), clipped
-
+CLIP = ("epsilon", "epsilon_high")
+TOKEN, SEQUENCE = LEVELS[:1], LEVELS[1:]
 
 SURROGATES: dict[str, Surrogate] = {
-    "reinforce": Surrogate(reinforce, _reinforce, parameters=(), has_ratio=False),
-    "ppo_clip": Surrogate(ppo_clip, _ppo_clip, parameters=("epsilon", "epsilon_high", "delta")),
-}
+    "reinforce": Surrogate(
+        formulas.reinforce, formulas._reinforce, has_ratio=False, levels=TOKEN
+    ),
+    "ppo_clip": Surrogate(formulas.ppo_clip, formulas._ppo_clip, (*CLIP, "delta")),
+    "ppo_penalty": Surrogate(
+        formulas.ppo_penalty, formulas._ppo_penalty, ("kl_coef",), {"kl_coef": 1.0}, levels=TOKEN
+    ),
+    "cispo": Surrogate(formulas.cispo, formulas._cispo, CLIP),
+    "cispo_abs": Surrogate(
+        formulas.cispo_abs, formulas._cispo_abs, CLIP[1:], explicit=("epsilon_high",)
+    ),
+    "sapo": Surrogate(
+        formulas.sapo, formulas._sapo, ("tau_pos", "tau_neg"), {"tau_pos": 1.0, "tau_neg": 1.05},
+        positive=("tau_pos", "tau_neg"),
+    ),
+    "gmpo": Surrogate(
+        formulas.gmpo, None, CLIP, levels=SEQUENCE, clip_token=formulas.gmpo_clip
+    ),
+    "dppo_tv": Surrogate(formulas.dppo_tv, formulas._dppo_tv, CLIP, levels=TOKEN),
+    "dppo_kl": Surrogate(formulas.dppo_kl, formulas._dppo_kl, CLIP, levels=TOKEN),
+    "kl_cov": Surrogate(
+        formulas.kl_cov, formulas._kl_cov, ("kl_coef",), {"kl_coef": 1.0}, levels=TOKEN
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,6 +86,12 @@ class PolicyOptions:
     kl_estimator: str
     beta: float
     entropy_coef: float
+    importance_sampling_level: str = "token"
+
+    def knows_derivative(self, backend: str) -> bool:
+        """Whether a token's dloss/dlogp follows from the token alone, by a formula of `backend`."""
+        has_formula = backend == "torch" or SURROGATES[self.surrogate].triton is not None
+        return has_formula and self.importance_sampling_level == "token"
 
 
 class PolicyTerms(NamedTuple):

@@ -13,18 +13,60 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .advantages import group_advantage, leave_one_out_advantage, whiten
+    from .controllers import ppo_kl_coef, proportional_kl_coef
+    from .corrections import clip_cov_weight, importance_weights, kl_cov_mask
     from .kernels.backend import use_backend
+    from .kernels.categorical import categorical_kl
+    from .kernels.fisher import fisher_vector_product
+    from .kernels.linear_head import linear_policy_loss, linear_token_logprob, plan_linear
+    from .kernels.linear_plan import LinearPlan
     from .kernels.policy_loss import PolicyLoss, policy_loss
+    from .kernels.scan import (
+        GAE,
+        GAEFromScores,
+        discounted_return,
+        gae,
+        gae_from_scores,
+        shaped_reward,
+    )
+    from .kernels.surrogate_registration import register_surrogate
     from .kernels.token_logprob import TokenLogprob, token_logprob
+    from .losses import pairwise_reward_loss, token_kl, value_loss
+    from .trust_region import CGResult, LineSearch, conjugate_gradient, line_search
 
 _HOMES = {
+    "CGResult": "trust_region",
+    "GAE": "kernels.scan",
+    "GAEFromScores": "kernels.scan",
+    "LineSearch": "trust_region",
+    "LinearPlan": "kernels.linear_plan",
     "PolicyLoss": "kernels.policy_loss",
     "TokenLogprob": "kernels.token_logprob",
+    "categorical_kl": "kernels.categorical",
+    "clip_cov_weight": "corrections",
+    "conjugate_gradient": "trust_region",
+    "discounted_return": "kernels.scan",
+    "fisher_vector_product": "kernels.fisher",
+    "gae": "kernels.scan",
+    "gae_from_scores": "kernels.scan",
     "group_advantage": "advantages",
+    "importance_weights": "corrections",
+    "kl_cov_mask": "corrections",
     "leave_one_out_advantage": "advantages",
+    "line_search": "trust_region",
+    "linear_policy_loss": "kernels.linear_head",
+    "linear_token_logprob": "kernels.linear_head",
+    "pairwise_reward_loss": "losses",
+    "plan_linear": "kernels.linear_head",
     "policy_loss": "kernels.policy_loss",
+    "ppo_kl_coef": "controllers",
+    "proportional_kl_coef": "controllers",
+    "register_surrogate": "kernels.surrogate_registration",
+    "shaped_reward": "kernels.scan",
+    "token_kl": "losses",
     "token_logprob": "kernels.token_logprob",
     "use_backend": "kernels.backend",
+    "value_loss": "losses",
     "whiten": "advantages",
 }
 

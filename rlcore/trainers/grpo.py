@@ -226,6 +226,7 @@ def _loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
         kl_estimator=config.kl_estimator,
         entropy_coef=config.entropy_coef,
         temperature=config.temperature,
+        importance_sampling_level=config.importance_sampling_level,
         loss_agg_mode=loss_type.loss_agg_mode,
         num_items=num_items,
         norm_length=config.max_completion_length if loss_type.fixed_length else None,

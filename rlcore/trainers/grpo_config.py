@@ -24,7 +24,12 @@ LOSS_TYPES = {
     "bnpo": LossType("token-mean", all_processes=False),
     "dapo": LossType("token-mean"),
     "dr_grpo": LossType("seq-mean-token-sum-norm", fixed_length=True),
+    "cispo": LossType("token-mean", surrogate="cispo"),
+    # TRL's "cispo": epsilon_high bounds the ratio itself
+    "cispo_abs": LossType("token-mean", surrogate="cispo_abs"),
+    "sapo": LossType("seq-mean-token-mean", surrogate="sapo"),
 }
+LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
@@ -49,7 +54,8 @@ class GRPOConfig(TrainConfig):
 
     # Loss
 
-    loss_type: str = "dapo"  # grpo, dapo, dr_grpo or bnpo: what the loss averages over
+    loss_type: str = "dapo"  # grpo, dapo, dr_grpo, bnpo, cispo, cispo_abs, sapo: see LOSS_TYPES
+    importance_sampling_level: str = "token"  # or sequence: a completion's tokens share a ratio
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float | None = None  # and above 1 + epsilon_high; None: epsilon
     delta: float | None = None  # the ratio's bound where the advantage is negative; None: none
@@ -85,6 +91,7 @@ def check_grpo_config(config: GRPOConfig, reward_count: int) -> None:
     check_train_config(config)
     _check_names(config)
     _check_ranges(config)
+    _check_surrogate(config)
     _check_batches(config)
     if reward_count == 0:
         raise UserError("no reward: give --reward NAME or --reward package.module:function")
@@ -101,6 +108,7 @@ def _check_names(config: GRPOConfig) -> None:
         ("loss_type", LOSS_TYPES),
         ("scale_rewards", SCALES),
         ("kl_estimator", KL_ESTIMATORS),
+        ("importance_sampling_level", LEVELS),
     ):
         if getattr(config, name) not in known:
             raise unknown_name(name, getattr(config, name), known)
@@ -128,6 +136,19 @@ def _check_ranges(config: GRPOConfig) -> None:
         )
     if config.beta < 0:
         raise UserError(f"beta must not be negative, it is {config.beta}")
+
+
+def _check_surrogate(config: GRPOConfig) -> None:
+    # imported here: the command line shows its help without the kernels
+    from rlcore.kernels.surrogates import SURROGATES
+
+    surrogate = SURROGATES[LOSS_TYPES[config.loss_type].surrogate]
+    for name in ("epsilon_high", "delta"):
+        value = getattr(config, name)
+        if value is not None and name not in surrogate.parameters:
+            raise UserError(f"loss_type {config.loss_type!r} does not use {name}: leave it out")
+        if value is None and name in surrogate.explicit:
+            raise UserError(f"loss_type {config.loss_type!r} needs {name}, 5.0 say")
 
 
 def _check_batches(config: GRPOConfig) -> None:

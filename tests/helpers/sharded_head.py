@@ -1,0 +1,60 @@
+"""Run by each of two gloo processes: the head's weight is sharded by FSDP2, rows are the rank's.
+
+python sharded_head.py DIRECTORY; every rank writes its loss and the full gradients there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import rlcore as rl
+
+
+def make_inputs(rank: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(6, 8, generator=generator)
+    target = torch.randint(31, (6,), generator=generator)
+    return hidden, target, torch.randn(6, generator=generator)
+
+
+def make_head() -> nn.Linear:
+    torch.manual_seed(7)
+    return nn.Linear(8, 31)
+
+
+def loss_of(head: nn.Linear, rank: int, name: str) -> torch.Tensor:
+    hidden, target, advantage = make_inputs(rank)
+    if name == "policy":
+        return rl.linear_policy_loss(
+            hidden, head.weight, target, advantage, bias=head.bias, chunk_bytes=400
+        ).loss
+    out = rl.linear_token_logprob(hidden, head.weight, target, bias=head.bias, chunk_bytes=400)
+    return (out.logp * advantage).mean() + 0.1 * out.entropy.mean()
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    rank = int(sys.argv[2])
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+    )
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    results = {}
+    for name in ("policy", "logprob"):
+        head = fully_shard(make_head(), mesh=mesh)
+        loss = loss_of(head, rank, name)
+        loss.backward()
+        full = [p.grad.full_tensor() for p in (head.weight, head.bias)]
+        sharded = type(head.weight.grad).__name__
+        results[name] = {"loss": loss.detach(), "gradients": full, "type": sharded}
+    torch.save(results, directory / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Per-token losses: the clipped value loss and the KL estimators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.oracle import KL
+
+import rlcore as rl
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def inputs(*shape: int) -> tuple[torch.Tensor, ...]:
+    """value, old_value and returns, near enough that the clip holds some and not others."""
+    value, step, error = torch.randn(3, *shape, dtype=torch.float64)
+    return value.requires_grad_(), value.detach() + 0.3 * step, value.detach() + error
+
+
+def naive_value_loss(value, old_value, returns, mask, epsilon: float):
+    """The loss, its gradient and the share of clipped tokens, token by token."""
+    total, gradient, clipped = 0.0, torch.zeros_like(value), 0
+    for i in mask.nonzero().tolist():
+        v, old, target = (x[tuple(i)].item() for x in (value, old_value, returns))
+        near = min(max(v, old - epsilon), old + epsilon)
+        plain, held = (v - target) ** 2, (near - target) ** 2
+        total += 0.5 * max(plain, held)
+        is_held = held > plain and near != v
+        clipped += is_held
+        gradient[tuple(i)] = 0.0 if is_held else v - target
+    count = int(mask.sum())
+    return total / count, gradient / count, clipped
+
+
+@pytest.mark.parametrize("shape", [(40,), (5, 8)], ids=str)
+def test_value_loss_and_its_gradient_equal_the_loop_over_tokens(shape):
+    value, old_value, returns = inputs(*shape)
+    mask = torch.rand(shape) < 0.7
+    loss = rl.value_loss(value, old_value, returns, epsilon=0.25, mask=mask)
+    (dvalue,) = torch.autograd.grad(loss, value)
+    total, gradient, clipped = naive_value_loss(value, old_value, returns, mask, 0.25)
+    assert clipped > 2
+    torch.testing.assert_close(loss.item(), total)
+    torch.testing.assert_close(dvalue, gradient)
+
+
+def test_value_loss_has_zero_gradient_where_the_clip_holds():
+    value = torch.tensor([0.0], requires_grad=True)
+    loss = rl.value_loss(value, torch.tensor([-1.0]), torch.tensor([0.5]), epsilon=0.25)
+    (dvalue,) = torch.autograd.grad(loss, value)
+    assert loss.item() == 0.5 * 1.25**2 and dvalue.item() == 0
+
+
+def test_an_infinite_epsilon_does_not_clip():
+    value, old_value, returns = inputs(40)
+    loss = rl.value_loss(value, old_value, returns, epsilon=float("inf"))
+    torch.testing.assert_close(loss, 0.5 * (value - returns).square().mean())
+
+
+def test_masked_values_may_be_nan_and_get_zero_gradient():
+    value, old_value, returns = inputs(6)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
+    hidden = [torch.where(mask, x.detach(), float("nan")) for x in (value, old_value, returns)]
+    leaf = hidden[0].requires_grad_()
+    loss = rl.value_loss(*hidden, mask=mask)
+    (dvalue,) = torch.autograd.grad(loss, leaf)
+    kept = rl.value_loss(value[mask], old_value[mask], returns[mask])
+    torch.testing.assert_close(loss, kept)
+    assert dvalue.isfinite().all() and not dvalue[~mask].any() and dvalue[mask].any()
+
+
+def test_an_all_masked_batch_gives_a_differentiable_zero():
+    value, old_value, returns = inputs(6)
+    loss = rl.value_loss(value, old_value, returns, mask=torch.zeros(6, dtype=torch.bool))
+    (dvalue,) = torch.autograd.grad(loss, value)
+    assert loss.item() == 0 and not dvalue.any()
+
+
+def test_micro_batches_with_num_items_add_up_to_the_batch():
+    value, old_value, returns = inputs(6, 5)
+    mask = torch.rand(6, 5) < 0.6
+    whole = rl.value_loss(value, old_value, returns, mask=mask)
+    count = mask.sum()
+    parts = [
+        rl.value_loss(value[i], old_value[i], returns[i], mask=mask[i], num_items=count)
+        for i in (slice(0, 1), slice(1, 6))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_half_precision_values_are_judged_in_float32():
+    value, old_value, returns = (x.detach().bfloat16() for x in inputs(40))
+    loss = rl.value_loss(value, old_value, returns)
+    wide = rl.value_loss(value.double(), old_value.double(), returns.double())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), wide, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kl_estimator", KL)
+def test_token_kl_and_its_gradients_equal_the_formula(kl_estimator):
+    logp, ref_logp = (-torch.rand(2, 4, 5, dtype=torch.float64)).unbind()
+    ours, theirs = ([x.clone().requires_grad_() for x in (logp, ref_logp)] for _ in range(2))
+    kl, formula = rl.token_kl(*ours, kl_estimator=kl_estimator), KL[kl_estimator](*theirs)
+    torch.testing.assert_close(kl, formula)
+    for a, b in zip(ours, theirs, strict=True):
+        (da,), (db,) = (
+            torch.autograd.grad(kl.sum(), a, retain_graph=True),
+            torch.autograd.grad(formula.sum(), b, retain_graph=True),
+        )
+        torch.testing.assert_close(da, db)
+
+
+def test_k3_does_not_cancel_for_policies_that_are_close():
+    logp, ref_logp = torch.tensor([-1.0]), torch.tensor([-1.0001])
+    exact = KL["k3"](logp.double(), ref_logp.double())
+    assert rl.token_kl(logp, ref_logp).item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+X = torch.zeros(3)
+BAD = {
+    "epsilon must be positive": lambda: rl.value_loss(X, X, X, epsilon=0.0),
+    "num_items must be positive": lambda: rl.value_loss(X, X, X, num_items=0),
+    "old_value must have the shape of value": lambda: rl.value_loss(X, X[:2], X),
+    "mask must be bool": lambda: rl.value_loss(X, X, X, mask=X),
+    "ref_logp must have the shape of logp": lambda: rl.token_kl(X, X[:2]),
+    "unknown kl_estimator 'k33'. Did you mean 'k3'?": lambda: rl.token_kl(X, X, kl_estimator="k33"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    with pytest.raises(ValueError) as caught:
+        BAD[message]()
+    assert message in str(caught.value)
