@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 CACHED_BYTES = 3 << 20  # of a block in working precision, for each thread
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Runs a function of tensors (the first argument is one) in the dtypes that it names itself."""
+
+    @functools.wraps(function)
+    def wrapped(tensor: Tensor, *arguments, **options):
+        device = tensor.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(tensor, *arguments, **options)
+        with torch.autocast(device, enabled=False):
+            return function(tensor, *arguments, **options)
+
+    return wrapped
 
 
 def statistics_dtype(logits: Tensor) -> torch.dtype:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import Matrix, rows_per_block, select_rows
+from .blocks import Matrix, rows_per_block, select_rows, without_autocast
 
 
+@without_autocast
 def categorical_kl_forward(p_logits, q_logits, mask, temperature, dtype) -> Tensor:
     """KL(p || q), zeros where the mask is false."""
     kl = torch.zeros(p_logits.shape[:-1], dtype=dtype, device=p_logits.device)
@@ -23,6 +24,7 @@ def categorical_kl_forward(p_logits, q_logits, mask, temperature, dtype) -> Tens
     return kl
 
 
+@without_autocast
 def categorical_kl_backward(p_logits, q_logits, dp, dq, mask, kl, dkl, temperature) -> None:
     """Writes the gradients into dp and dq, of which either may be None."""
     kl, dkl = kl.reshape(-1), dkl.reshape(-1)
@@ -47,6 +49,7 @@ def categorical_kl_backward(p_logits, q_logits, dp, dq, mask, kl, dkl, temperatu
             p_sink.write(rows, difference.sub_(kl[rows]).mul_(p).mul_(at_p[rows]))
 
 
+@without_autocast
 def fisher_vector_product(logits, tangent, product, temperature, dtype) -> None:
     """Writes F tangent into product."""
     source, direction, sink = Matrix(logits), Matrix(tangent), Matrix(product)

@@ -30,8 +30,11 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def unit_of(*given: Tensor | None) -> Tensor | None:
-    """For float16, the power of two that brings the largest of the given to about 1, else None."""
+def unit_of(*given: Tensor | None) -> Tensor:
+    """The power of two that the largest of the given is near, over which it is about 1.
+
+    A gradient of 1/N would leave float16's range in the products; a power of two costs no bit.
+    """
     largest = torch.stack([g.abs().max() for g in given if g is not None]).max()
     return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)
 

@@ -209,7 +209,7 @@ def plan_linear(
 
     Takes the tensors of the call (tensors on the "meta" device will do), and looks at shapes,
     dtypes, requires_grad and the budget alone. Print the plan to see operations, passes, chunks
-    and peak memory.
+    and peak memory. A sharded DTensor weight is gathered for it, as in the call.
 
     Raises:
         ValueError: an unknown loss, or weight not (V, H).

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .blocks import Matrix, rows_per_block, select_rows, statistics_dtype
+from .blocks import Matrix, rows_per_block, select_rows, statistics_dtype, without_autocast
 from .surrogates import policy_terms
 
 SUMMED = 1024  # terms of a sum that one thread takes
@@ -35,6 +35,7 @@ def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:
     return logits.detach()
 
 
+@without_autocast
 def token_logprob_forward(logits, target, mask, temperature, with_entropy):
     """(logp, entropy | None, lse), zeros where the mask is false."""
     results = [t.zero_() for t in empty_statistics(target, statistics_dtype(logits), 3)]
@@ -54,6 +55,7 @@ def token_logprob_forward(logits, target, mask, temperature, with_entropy):
     return logp, entropy if with_entropy else None, lse
 
 
+@without_autocast
 def token_logprob_backward(
     logits, dlogits, target, mask, entropy, dlogp, dlse, dentropy, temperature
 ):
@@ -85,6 +87,7 @@ def token_logprob_backward(
         sink.write(rows, dz)
 
 
+@without_autocast
 def policy_loss_forward_backward(
     logits, dlogits, target, advantage, old_logp, ref_logp, ratio, weight, options, temperature
 ):
@@ -99,7 +102,9 @@ def policy_loss_forward_backward(
     given = [None if t is None else t.view(-1) for t in (old_logp, ref_logp, ratio)]
     source, sink = Matrix(logits), Matrix(dlogits)
     sink.zero(weight == 0)
-    blocks = _Blocks(logits, True)
+    # a gradient that replaces its logits may be made on the spot
+    replaces = dlogits.data_ptr() == logits.data_ptr() and dlogits.dtype == loss.dtype
+    blocks = _Blocks(logits, True, on_the_spot=replaces)
     for rows in blocks.select(weight != 0, target):
         x, p, _, log_sum = blocks.softmax(source.read(rows), temperature)
         logp[rows] = _at(x, target[rows]) - log_sum
@@ -123,14 +128,19 @@ def policy_loss_forward_backward(
 
 
 class _Blocks:
-    """Working memory for a block of rows, and the blocks that make up a batch."""
+    """Working memory for a block of rows, and the blocks that make up a batch.
 
-    def __init__(self, logits: Tensor, with_entropy: bool):
+    Working on the spot, `softmax` uses the block's own memory for its x.
+    """
+
+    def __init__(self, logits: Tensor, with_entropy: bool, on_the_spot: bool = False):
         vocabulary, dtype = logits.shape[-1], statistics_dtype(logits)
-        self.size = rows_per_block(logits)
+        # p and a passing product share the cache with a block that is worked on in place
+        self.size = rows_per_block(logits, 2 if on_the_spot else 1)
         shape = (self.size, vocabulary)
-        self.x = torch.empty(shape, dtype=dtype, device=logits.device)
-        self.p = torch.empty_like(self.x) if with_entropy else None
+        like = {"dtype": dtype, "device": logits.device}
+        self.x = None if on_the_spot else torch.empty(shape, **like)
+        self.p = torch.empty(shape, **like) if with_entropy else None
 
     def select(self, keep: Tensor | None, target: Tensor) -> Iterator[slice | Tensor]:
         """Row selectors, a block's each: slices where rows are neighbours, else indices."""
@@ -164,8 +174,8 @@ class _Blocks:
 
     def softmax(self, block: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x = z - max z and p = softmax z, (n, V); the logits' max and log sum exp x, (n,)."""
-        x, p = self.x[: block.shape[0]], self.p[: block.shape[0]]
-        x.copy_(block)
+        p = self.p[: block.shape[0]]
+        x = block if self.x is None else self.x[: block.shape[0]].copy_(block)
         row_max = x.amax(-1, keepdim=True)
         x.sub_(row_max)
         if temperature != 1:

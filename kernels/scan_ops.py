@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,9 @@ LANE_TOKENS = 4  # VECTOR of the kernels
 # Tokens of a tile: at least SHORT_TILE in several short rows, at most LONG_TILE of one row.
 SHORT_TILE, LONG_TILE = 1024, 2048
 TOKENS_PER_THREAD = 8
-MOST_TILES = 4096  # of a row whose tiles look back, which is 8M tokens; longer rows are swept
+# Tiles of a row that look back, at most (8M tokens); longer rows are swept by one program. Tiles
+# wait for each other, which is proved under the interpreter but not yet on a device: on request.
+MOST_TILES = 4096 if os.environ.get("RLCORE_SCAN_LOOK_BACK") == "1" else 1
 
 
 def choose_tile(length: int) -> tuple[dict[str, int], dict[str, object]]:

@@ -1,6 +1,6 @@
 """Sums over sequences, and the importance ratio that a sequence's tokens share.
 
-    s = exp(mean over the sequence's counted tokens of log pi / pi_old)      (GSPO)
+s = exp(mean over the sequence's counted tokens of log pi / pi_old)      (GSPO)
 """
 
 from __future__ import annotations

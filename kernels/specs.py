@@ -42,9 +42,7 @@ def compile_specs(
 
 def _kernels(logits: str) -> dict[str, tuple]:
     row = dict.fromkeys(["Logp", "Entropy", "Lse", "RowMax", "LogSum"], "*fp32")
-    given = dict.fromkeys(["Advantage", "OldLogp", "RefLogp", "Ratio", "Weight"], "*fp32")
     strides = {k: v for k, v in SHAPE.items() if not k.startswith("dstride")}
-    ppo = SURROGATES["ppo_clip"]
     return {
         "token_logprob_forward": (
             token_logprob._token_logprob_forward_kernel,
@@ -61,16 +59,7 @@ def _kernels(logits: str) -> dict[str, tuple]:
             | {**SHAPE, "inv_temperature": "fp32"},
             {"SAME_PHASE": True},
         ),
-        "policy_loss": (
-            policy_loss._policy_loss_kernel,
-            TWO_SWEEP_TILE,
-            {"Logits": logits, "Dlogits": logits, "Target": "*i64", **given}
-            | dict.fromkeys(["Loss", "Logp", "Entropy", "KL"], "*fp32")
-            | {"Clipped": "*i1", **SHAPE}
-            | dict.fromkeys(["inv_temperature", "beta", "entropy_coef"], "fp32")
-            | {"parameters": ("fp32",) * len(ppo.parameters)},
-            {"SURROGATE": ppo.triton, "KL_ESTIMATOR": "k3", "SAME_PHASE": True},
-        ),
+        **_policy_losses(logits),
         "scale_rows": (
             policy_loss._scale_rows_kernel,
             ONE_SWEEP_TILE,
@@ -79,6 +68,28 @@ def _kernels(logits: str) -> dict[str, tuple]:
         ),
         **_distribution_kernels(logits),
     }
+
+
+def _policy_losses(logits: str) -> dict[str, tuple]:
+    """The kernel with "ppo_clip" inside, and in one dtype with each of the other surrogates."""
+    per_token = ["Advantage", "OldLogp", "RefLogp", "Ratio", "Weight"]
+    per_token += ["Loss", "Logp", "Entropy", "KL"]
+    signature = {"Logits": logits, "Dlogits": logits, "Target": "*i64", "Clipped": "*i1", **SHAPE}
+    signature |= dict.fromkeys(per_token, "*fp32")
+    signature |= dict.fromkeys(["inv_temperature", "beta", "entropy_coef"], "fp32")
+    kernels = {}
+    for name, surrogate in SURROGATES.items():
+        if surrogate.triton is None or (name != "ppo_clip" and logits != "*bf16"):
+            continue
+        parameters = {"parameters": ("fp32",) * max(len(surrogate.parameters), 1)}
+        constants = {"SURROGATE": surrogate.triton, "KL_ESTIMATOR": "k3", "SAME_PHASE": True}
+        kernels["policy_loss" if name == "ppo_clip" else f"policy_loss_{name}"] = (
+            policy_loss._policy_loss_kernel,
+            TWO_SWEEP_TILE,
+            signature | parameters,
+            constants,
+        )
+    return kernels
 
 
 def _distribution_kernels(logits: str) -> dict[str, tuple]:

@@ -33,14 +33,14 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, P + C) int64
     attention_mask: torch.Tensor  # (B, P + C) int64
-    completion_mask: torch.Tensor  # (B, C) bool
+    mask: torch.Tensor  # (B, C) bool: completion tokens
 
     @property
-    def completion_ids(self) -> torch.Tensor:
-        return self.input_ids[:, -self.completion_mask.shape[1] :]  # (B, C)
+    def target(self) -> torch.Tensor:
+        return self.input_ids[:, -self.mask.shape[1] :]  # (B, C)
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (self.input_ids, self.attention_mask, self.completion_mask)
+        tensors = (self.input_ids, self.attention_mask, self.mask)
         return Batch(*(tensor.to(device) for tensor in tensors))
 
 

@@ -138,6 +138,17 @@ def completion_logits(
     Raises:
         ValueError: C is not in [1, T).
     """
+    outputs = completion_outputs(model, input_ids, attention_mask, completion_length)
+    return outputs.logits[:, -completion_length:]
+
+
+def completion_outputs(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_length: int,
+) -> Any:
+    """The model's outputs for `completion_logits`, as transformers gives them."""
     if not 1 <= completion_length < input_ids.shape[1]:
         raise ValueError(
             f"completion_length {completion_length} must be at least 1 and below the length of "
@@ -150,5 +161,4 @@ def completion_logits(
         arguments["position_ids"] = position_ids(mask)
     if "logits_to_keep" in options:
         arguments["logits_to_keep"] = completion_length
-    logits = model(input_ids[:, :-1], **arguments).logits
-    return logits[:, -completion_length:]
+    return model(input_ids[:, :-1], **arguments)

@@ -11,6 +11,8 @@ from helpers import DEVICE
 if DEVICE == "cpu":
     # Triton reads this when it is first imported, so it stands before every such import.
     os.environ["TRITON_INTERPRET"] = "1"
+# Both ways through a long row are held; the kernels read this at their import.
+os.environ["RLCORE_SCAN_LOOK_BACK"] = "1"
 
 from helpers.interpreter import mend_interpreter, poisoned
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers.compile_gate import TARGETS, compiled
 
+from rlcore.kernels.surrogates import SURROGATES
+
 ROW_KERNELS = {"token_logprob_forward", "token_logprob_backward", "policy_loss", "scale_rows"}
 VOCABULARIES = (50257, 128256, 151936)
 
@@ -27,6 +29,12 @@ def test_no_kernel_spills_registers(target):
     assert {result["name"].split("[")[0] for result in found} >= ROW_KERNELS
     spilling = [result for result in found if (result["spills"], result["stack"]) != (0, 0)]
     assert not spilling
+
+
+@pytest.mark.parametrize("name", [n for n, entry in SURROGATES.items() if entry.triton])
+def test_the_gate_compiles_every_surrogate(name):
+    kernel = "policy_loss" if name == "ppo_clip" else f"policy_loss_{name}"
+    assert {r["target"] for r in compiled() if r["name"].split("[")[0] == kernel} == set(TARGETS)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)

@@ -173,5 +173,5 @@ def test_a_batch_pads_prompts_left_and_completions_right():
     batch = collate([Example([1], [2, 3, 4]), Example([5, 6], [7])], pad_token_id=0)
     assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 0, 0]]
     assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch.completion_mask.tolist() == [[True, True, True], [True, False, False]]
-    assert batch.completion_ids.tolist() == [[2, 3, 4], [7, 0, 0]]
+    assert batch.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert batch.target.tolist() == [[2, 3, 4], [7, 0, 0]]

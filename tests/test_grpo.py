@@ -45,10 +45,23 @@ def naive(tmp_path, made, **changes):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_loss_and_gradient_are_the_formulas(tmp_path, loss_type, policy, options):
     made = make.experience(**(policy or {"ref": 0.4}))
+    options = make.fitting(loss_type, options)
     metrics, gradient = update(tmp_path, made, loss_type=loss_type, **options)
     loss, expected = naive(tmp_path, made, loss_type=loss_type, **options)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert_near(gradient, expected)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "sapo"])
+def test_at_sequence_level_they_are_the_formulas_too(tmp_path, loss_type):
+    made = make.experience(**OFF_POLICY)
+    options = {"loss_type": loss_type, "importance_sampling_level": "sequence", "epsilon": 0.05}
+    metrics, gradient = update(tmp_path, made, **options)
+    loss, expected = naive(tmp_path, made, **options)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert_near(gradient, expected)
+    _, cut = update(tmp_path, made, **options, **CUTS[1])
+    assert_near(cut, gradient, 3e-6)
 
 
 CUTS = [

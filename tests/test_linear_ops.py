@@ -164,6 +164,7 @@ def test_an_fsdp2_weight_gets_the_mean_gradient_of_all_ranks(tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors[-3000:]
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert all("hidden.to_local()" in result["refused"] for result in results)
     for name in ("policy", "logprob"):
         head = make_head()
         losses = [loss_of(head, rank, name) for rank in range(2)]

@@ -111,8 +111,10 @@ def test_every_strategy_gives_the_same_gradient(dtype, head, backend):
         plan = rl.plan_linear(
             hidden, weight, bias=bias, loss="logprob", softcap=head.get("softcap"), **options
         )
-        out = rl.linear_token_logprob(hidden, weight, TARGET.to(DEVICE), bias=bias, mask=mask,
-                                      temperature=1.4, backend=backend, **head, **options)  # fmt: skip
+        out = rl.linear_token_logprob(
+            hidden, weight, TARGET.to(DEVICE), bias=bias, mask=mask, temperature=1.4,
+            backend=backend, **head, **options,
+        )  # fmt: skip
         scalar = (out.logp * torch.linspace(0.5, 2, N, device=DEVICE) + 0.3 * out.lse).sum()
         name = f"{plan.strategy} entropy={entropy}"
         results[name] = torch.autograd.grad(scalar, hidden)[0].float()
@@ -173,8 +175,8 @@ def test_plans_refuse_an_unknown_loss():
         rl.plan_linear(torch.zeros(2, 3), torch.zeros(4, 3), loss="dpo")
 
 
-def test_the_largest_tensor_that_a_call_makes_is_within_its_plan():
-    """Every allocation is seen by a tracker; none of them is (N, V)."""
+def test_a_memory_tracker_sees_the_planned_peak_and_the_cache_blocks():
+    """The tracker sees every allocation, and hence no (N, V) one."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     tokens, hidden_size, vocabulary = 2048, 16, 4096
@@ -232,7 +234,7 @@ def test_the_resident_peak_follows_the_budget_and_not_the_number_of_tokens():
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
-    budget, gradients = 32 << 20, (2048 + 16384) * 64 * 4
+    budget, gradients = 64 << 20, (2048 + 16384) * 64 * 4
     fused, logits = peak(2048, budget, 1), peak(2048, budget, 0)
-    assert fused - gradients <= 1.1 * budget + (2 << 20), (fused, gradients)
+    assert fused - gradients <= 1.1 * budget, (fused, gradients)
     assert logits >= 2 * 2048 * 16384 * 4

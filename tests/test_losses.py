@@ -1,6 +1,8 @@
-"""Per-token losses: the clipped value loss and the KL estimators."""
+"""Losses on per-token values and on pairs: clipped value loss, KL estimators, Bradley-Terry."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -99,6 +101,24 @@ def test_half_precision_values_are_judged_in_float32():
     torch.testing.assert_close(loss.double(), wide, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    "value, gradient",
+    # old value 0, return 2, clip 0.5: a step of 1 towards the return went too far to go further
+    [(1.0, 0.0), (0.3, -1.7), (-1.0, -3.0), (3.0, 0.0)],
+)
+def test_a_value_that_moved_far_towards_its_return_gets_no_gradient(value, gradient):
+    value = torch.tensor([value], requires_grad=True)
+    loss = rl.value_loss(value, torch.zeros(1), torch.full((1,), 2.0), epsilon=0.5)
+    assert torch.autograd.grad(loss, value)[0].item() == pytest.approx(gradient)
+
+
+def test_the_value_loss_gives_no_gradient_to_old_values_and_returns():
+    value, old, returns = torch.randn(3, 6).requires_grad_().unbind()
+    loss = rl.value_loss(value, old, returns)
+    grads = torch.autograd.grad(loss, (value, old, returns), allow_unused=True)
+    assert grads[0].any() and not any(g is not None and g.any() for g in grads[1:])
+
+
 @pytest.mark.parametrize("kl_estimator", KL)
 def test_token_kl_and_its_gradients_equal_the_formula(kl_estimator):
     logp, ref_logp = (-torch.rand(2, 4, 5, dtype=torch.float64)).unbind()
@@ -119,6 +139,59 @@ def test_k3_does_not_cancel_for_policies_that_are_close():
     assert rl.token_kl(logp, ref_logp).item() == pytest.approx(exact.item(), rel=1e-2)
 
 
+def naive_pairwise(chosen, rejected, margin, center):
+    terms = []
+    for i in range(len(chosen)):
+        p = 1 / (1 + torch.exp(-(chosen[i] - rejected[i] - margin[i])))
+        terms.append(-torch.log(p) + center * (chosen[i] + rejected[i]) ** 2)
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("center", [0.0, 0.01])
+@pytest.mark.parametrize("margin", [None, 0.3, torch.linspace(-1, 1, 8)], ids=["no", "one", "each"])
+def test_the_pairwise_loss_and_its_gradient_are_the_definitions(margin, center):
+    chosen, rejected = torch.randn(2, 8, dtype=torch.float64)
+    chosen, rejected = chosen.requires_grad_(), rejected.requires_grad_()
+    options = {"margin": margin, "center_rewards_coefficient": center}
+    loss = rl.pairwise_reward_loss(chosen, rejected, **options)
+    margins = torch.zeros(8) if margin is None else torch.as_tensor(margin).expand(8)
+    want = naive_pairwise(chosen, rejected, margins.double(), center)
+    torch.testing.assert_close(loss, want)
+    got, wanted = (torch.autograd.grad(x, (chosen, rejected)) for x in (loss, want))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_rewards_are_subtracted_in_float32():
+    # in bfloat16 100.5 - 100 would be 0 or 1
+    chosen, rejected = torch.tensor([100.5]).bfloat16(), torch.tensor([100.0]).bfloat16()
+    margin = torch.tensor([0.25]).bfloat16()
+    loss = rl.pairwise_reward_loss(chosen, rejected, margin=margin)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-(chosen.float() - 100.25).item())))
+
+
+@pytest.mark.parametrize("gap, want", [(1e4, 0.0), (-1e4, 1e4)])
+def test_far_apart_rewards_neither_overflow_nor_lose_the_gradient(gap, want):
+    chosen = torch.tensor([gap], requires_grad=True)
+    loss = rl.pairwise_reward_loss(chosen, torch.zeros(1))
+    assert loss.item() == want
+    assert torch.autograd.grad(loss, chosen)[0].item() == (0.0 if gap > 0 else -1.0)
+
+
+def test_micro_batches_of_pairs_add_up_and_no_pair_gives_zero():
+    chosen, rejected = torch.randn(2, 7, dtype=torch.float64).unbind()
+    options = {"center_rewards_coefficient": 0.1}
+    full = rl.pairwise_reward_loss(chosen, rejected, **options)
+    parts = [
+        rl.pairwise_reward_loss(chosen[rows], rejected[rows], num_items=7, **options)
+        for rows in (slice(0, 2), slice(2, 7), slice(7, 7))
+    ]
+    torch.testing.assert_close(sum(parts), full)
+    empty = torch.zeros(0, requires_grad=True)
+    loss = rl.pairwise_reward_loss(empty, empty)
+    assert loss.item() == 0 and torch.autograd.grad(loss, empty)[0].shape == (0,)
+
+
 X = torch.zeros(3)
 BAD = {
     "epsilon must be positive": lambda: rl.value_loss(X, X, X, epsilon=0.0),
@@ -135,3 +208,19 @@ def test_bad_input_is_named(message):
     with pytest.raises(ValueError) as caught:
         BAD[message]()
     assert message in str(caught.value)
+
+
+FOUR = torch.zeros(4)
+BAD_PAIRS = {
+    "rejected": ({"rejected": torch.zeros(3)}, r"chosen and rejected.*\(4,\).*\(3,\)"),
+    "matrix": ({"chosen": torch.zeros(4, 1)}, r"\(B,\).*\(4, 1\)"),
+    "margin": ({"margin": torch.zeros(3)}, r"margin.*\(4,\).*\(3,\)"),
+    "center": ({"center_rewards_coefficient": -0.1}, "center_rewards_coefficient.*-0.1"),
+    "num_items": ({"num_items": 0}, "num_items.*positive"),
+}
+
+
+@pytest.mark.parametrize("changed, message", BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_a_bad_argument_of_the_pairwise_loss_is_named(changed, message):
+    with pytest.raises(ValueError, match=message):
+        rl.pairwise_reward_loss(**{"chosen": FOUR, "rejected": FOUR} | changed)

@@ -39,7 +39,7 @@ def alone(model, example: Example) -> torch.Tensor:
 def worst_difference(model) -> float:
     """Between padded rows in a batch and the same rows alone."""
     batch = collate(examples(), tiny_tokenizer().pad_token_id)
-    length = batch.completion_mask.shape[1]
+    length = batch.mask.shape[1]
     logits = completion_logits(model, batch.input_ids, batch.attention_mask, length)
     assert logits.shape == (len(PROMPTS), length, len(tiny_tokenizer()))
     pairs = zip(logits, examples(), strict=True)
@@ -77,9 +77,9 @@ def test_a_model_without_logits_to_keep_gives_the_same_logits():
     # rotary positions are relative, so that left padding does not matter to them
     model = tiny_model("llama")
     batch = collate(examples(), tiny_tokenizer().pad_token_id)
-    arguments = (batch.input_ids, batch.attention_mask, batch.completion_mask.shape[1])
+    arguments = (batch.input_ids, batch.attention_mask, batch.mask.shape[1])
     whole, plain = completion_logits(model, *arguments), completion_logits(Plain(model), *arguments)
-    assert (whole - plain)[batch.completion_mask].abs().max() < 1e-4
+    assert (whole - plain)[batch.mask].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("length", [0, 3])

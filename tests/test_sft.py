@@ -100,7 +100,7 @@ def test_micro_steps_weighed_by_their_own_counts_would_not_add_up(config, monkey
     monkeypatch.setattr(
         sft,
         "_loss",
-        lambda run, batch, num_items: loss(run, batch, 4 * batch.completion_mask.sum()),
+        lambda run, batch, num_items: loss(run, batch, 4 * batch.mask.sum()),
     )
     small = gradient(
         monkeypatch, config, per_device_train_batch_size=3, gradient_accumulation_steps=4

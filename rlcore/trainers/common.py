@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ import torch
 from rlcore import checkpoint
 from rlcore.config import save_config
 from rlcore.errors import TrainingDiverged
+from rlcore.heads import Head, LogitsHead, choose_head
 from rlcore.models import no_progress_bars
 from rlcore.tracking import Tracker
 from rlcore.trainers.metrics import Log
@@ -52,6 +53,8 @@ class Run:
     total_steps: int
     first_step: int = 0  # optimizer steps that were done before this run
     num_tokens: float = 0.0  # seen so far, by all processes
+    head: Head = field(default_factory=LogitsHead)  # how losses are had from the model
+    head_note: str | None = None  # why it is not the fused one that was asked for
 
     @property
     def policy(self) -> Any:
@@ -62,6 +65,11 @@ class Run:
     def is_sharded(self) -> bool:
         """Every process must then run equally many forward passes."""
         return str(self.accelerator.distributed_type).endswith("FSDP")
+
+    @property
+    def wants_fused_head(self) -> bool:
+        # a sharded head has no weight at hand outside the model's own forward
+        return self.config.fused_head == "on" and not self.is_sharded
 
 
 def make_accelerator(config: TrainConfig) -> Any:
@@ -91,8 +99,9 @@ def total_steps(config: TrainConfig, rows: int, rows_per_step: float) -> int:
 def start_run(config: TrainConfig, accelerator: Any, model: Any, tokenizer: Any, steps: int) -> Run:
     """Prepare model and optimizer, make the output directory, and resume where that was asked."""
     previous = checkpoint.last_checkpoint(config.output_dir) if config.resume else None
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
-    run = Run(config, accelerator, model, optimizer, tokenizer, steps)
+    run = Run(config, accelerator, model, None, tokenizer, steps)
+    run.head, run.head_note = choose_head(model, run.wants_fused_head)
+    run.model, run.optimizer = accelerator.prepare(model, make_optimizer(model, config))
     # Every process has looked at the output directory by now; from here on it is no longer empty.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -140,6 +149,8 @@ def tracking(
         start_step=run.first_step,
         config=dataclasses.asdict(run.config),
     ) as own:
+        if run.head_note:
+            own.message(f"the fused head is off: {run.head_note}")
         yield own
 
 

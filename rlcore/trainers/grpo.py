@@ -19,7 +19,8 @@ import torch
 
 import rlcore as rl
 from rlcore.data import load_rows
-from rlcore.models import completion_logits, load_policy, load_reference, load_tokenizer
+from rlcore.heads import Head, choose_head
+from rlcore.models import load_policy, load_reference, load_tokenizer
 from rlcore.rewards import RewardFunction
 from rlcore.rollout import evaluating
 from rlcore.trainers.common import (
@@ -121,33 +122,29 @@ def _with_other_policies(run: Run, experience: Experience, reference: Any) -> Ex
     With one update a pass the first pass meets the policy that sampled, and hands out its
     log-probabilities itself.
     """
-    ref_logp = None if reference is None else _logp(run, reference, experience)
-    old_logp = _logp(run, run.model, experience) if run.config.updates_per_pass > 1 else None
+    ref_logp = old_logp = None
+    if reference is not None:
+        head, _ = choose_head(run.accelerator.unwrap_model(reference), run.wants_fused_head)
+        ref_logp = _logp(run, reference, head, experience)
+    if run.config.updates_per_pass > 1:
+        old_logp = _logp(run, run.model, run.head, experience)
     return dataclasses.replace(experience, old_logp=old_logp, ref_logp=ref_logp)
 
 
 @torch.no_grad()
-def _logp(run: Run, model: Any, experience: Experience) -> torch.Tensor:
+def _logp(run: Run, model: Any, head: Head, experience: Experience) -> torch.Tensor:
     """(N, C) log-probabilities of the completions; 0 where no loss will ask for them."""
     logp = torch.zeros(experience.mask.shape, device=experience.mask.device)
     everything = torch.arange(len(experience), device=logp.device)
     with evaluating(model):
         for rows in _micro_batches(run, experience, everything):
             part = experience.take(rows).trimmed()
-            scores = rl.token_logprob(
-                _logits(model, part),
-                part.target,
-                temperature=run.config.temperature,
-                mask=part.mask,
-                entropy=False,
-            )
+            with run.accelerator.autocast():
+                scores = head.token_logprob(
+                    model, part, temperature=run.config.temperature, entropy=False
+                )
             logp[rows, : part.completion_length] = scores.logp.to(logp.dtype)
     return logp
-
-
-def _logits(model: Any, part: Experience) -> torch.Tensor:
-    length = part.completion_length
-    return completion_logits(model, part.input_ids, part.attention_mask, length)
 
 
 def _updates(run: Run, step: int, experience: Experience, seed: int) -> Iterator[dict[str, float]]:
@@ -211,13 +208,9 @@ def _num_items(run: Run, mask: torch.Tensor) -> float:
 def _loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
     config = run.config
     loss_type = LOSS_TYPES[config.loss_type]
-    return rl.policy_loss(
-        _logits(run.model, part),
-        part.target,
-        part.advantage,
+    options = dict(
         old_logp=part.old_logp,
         ref_logp=part.ref_logp,
-        mask=part.mask,
         surrogate=loss_type.surrogate,
         epsilon=config.epsilon,
         epsilon_high=config.epsilon_high,
@@ -230,8 +223,9 @@ def _loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
         loss_agg_mode=loss_type.loss_agg_mode,
         num_items=num_items,
         norm_length=config.max_completion_length if loss_type.fixed_length else None,
-        inplace_backward=True,
     )
+    with run.accelerator.autocast():
+        return run.head.policy_loss(run.model, part, part.advantage, **options)
 
 
 def _clip_ratios(part: Experience, result: rl.PolicyLoss) -> dict[str, torch.Tensor]:

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-import rlcore as rl
 from rlcore.data import SFT_COLUMNS, load_rows
 from rlcore.encoding import Batch, Example, collate, encode_examples
 from rlcore.errors import UserError
-from rlcore.models import completion_logits, load_policy, load_tokenizer
+from rlcore.models import load_policy, load_tokenizer
 from rlcore.rollout import evaluating
 from rlcore.trainers.common import (
     Result,
@@ -122,16 +121,13 @@ def _micro_batches(run: Run, examples: Sequence[Example]) -> list[Batch]:
 
 def _loss(run: Run, batch: Batch, num_items: float) -> torch.Tensor:
     """The batch's part of the mean negative log-probability of a completion token."""
-    length = batch.completion_mask.shape[1]
-    logits = completion_logits(run.model, batch.input_ids, batch.attention_mask, length)
-    scores = rl.token_logprob(
-        logits,
-        batch.completion_ids,
-        mask=batch.completion_mask,
-        entropy=False,
-        inplace_backward=True,
-    )
-    return -scores.logp.sum() / num_items
+    with run.accelerator.autocast():
+        # minus the log-probability: reinforcing every demonstrated token alike
+        advantage = torch.ones(len(batch.mask), device=batch.mask.device)
+        result = run.head.policy_loss(
+            run.model, batch, advantage, surrogate="reinforce", num_items=num_items
+        )
+    return result.loss
 
 
 @torch.no_grad()

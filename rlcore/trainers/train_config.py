@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rlcore.checkpoint import check_output_dir
-from rlcore.errors import UserError
+from rlcore.errors import UserError, unknown_name
 from rlcore.trainers.schedules import check_schedule
+
+FUSED_HEAD = ("on", "off")
 
 
 @dataclass(kw_only=True)
@@ -37,6 +39,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: they are not
     bf16: bool = False  # compute in bfloat16, weights stay float32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    fused_head: str = "on"  # losses straight from the head's input, without logits: on, off
 
     # Logging and saving
 
@@ -56,6 +59,8 @@ def check_train_config(config: TrainConfig) -> None:
     for name in ("warmup_steps", "save_steps", "eval_steps", "weight_decay", "max_grad_norm"):
         if getattr(config, name) < 0:
             raise UserError(f"{name} must not be negative, it is {getattr(config, name)}")
+    if config.fused_head not in FUSED_HEAD:
+        raise unknown_name("fused_head", config.fused_head, FUSED_HEAD)
     if not config.learning_rate > 0:
         raise UserError(f"learning_rate must be positive, not {config.learning_rate}")
     if config.max_steps != -1 and config.max_steps < 1:

@@ -11,8 +11,9 @@ import torch
 from rlcore.models import position_ids
 from rlcore.trainers.common import Run, make_accelerator, make_optimizer
 from rlcore.trainers.experience import Experience
-from rlcore.trainers.grpo_config import GRPOConfig
+from rlcore.trainers.grpo_config import LOSS_TYPES, GRPOConfig
 
+from . import oracle
 from .tiny import tiny_model, tiny_tokenizer
 
 LENGTHS = [5, 2, 3, 1, 5, 4, 2, 3]
@@ -20,7 +21,24 @@ PROMPT_LENGTHS = [3, 6, 2, 6, 1, 4, 3, 5]
 ADVANTAGES = [1.0, -0.5, 0.0, -0.7, 0.3, 0.0, 0.9, -1.1]
 
 
+# what a surrogate takes of the config, and what a loss type cannot do without
+CLIPS = {
+    "ppo_clip": ("epsilon", "epsilon_high", "delta"),
+    "cispo": ("epsilon", "epsilon_high"),
+    "cispo_abs": ("epsilon_high",),
+    "sapo": (),
+}
+NEEDED = {"cispo_abs": {"epsilon_high": 1.3}}
+
+
+def fitting(loss_type: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options without those that the loss type's surrogate has no use for."""
+    unused = set(CLIPS["ppo_clip"]) - set(CLIPS[LOSS_TYPES[loss_type].surrogate])
+    return {name: value for name, value in options.items() if name not in unused}
+
+
 def config(tmp_path: Path, **changes: Any) -> GRPOConfig:
+    changes = NEEDED.get(changes.get("loss_type"), {}) | changes
     values = {
         "model": "unused",
         "dataset": "unused",
@@ -82,35 +100,29 @@ def naive_logp(model: Any, made: Experience, temperature: float) -> tuple[torch.
 def naive_loss(model: Any, made: Experience, config: GRPOConfig) -> torch.Tensor:
     """The loss of GRPO as the papers have it, one row at a time."""
     logp, entropy = naive_logp(model, made, config.temperature)
-    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    surrogate = LOSS_TYPES[config.loss_type].surrogate
+    clip = {name: getattr(config, name) for name in CLIPS[surrogate]}
     rows = []
     for row in range(len(made)):
         counted = made.mask[row]
         new = logp[row, counted]
         old = new.detach() if made.old_logp is None else made.old_logp[row, counted].double()
-        ratio, advantage = (new - old).exp(), made.advantage[row].double()
-        bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
-        kept = torch.minimum(
-            bounded * advantage, ratio.clamp(1 - config.epsilon, 1 + high) * advantage
-        )
-        loss = -kept - config.entropy_coef * entropy[row, counted]
+        log_ratio, advantage = new - old, made.advantage[row].double()
+        if config.importance_sampling_level == "sequence":
+            log_ratio = log_ratio.mean().expand(log_ratio.shape)
+        loss, _ = oracle.SURROGATES[surrogate](log_ratio.exp(), new, advantage, **clip)
+        loss = loss - config.entropy_coef * entropy[row, counted]
         if config.beta:
             gap = made.ref_logp[row, counted].double() - new
             loss = loss + config.beta * (gap.exp() - 1 - gap)
         rows.append(loss)
     tokens = sum(len(row) for row in rows)
-    means = {
-        "grpo": lambda: (
-            sum(row.mean() for row in rows if len(row)) / sum(map(bool, map(len, rows)))
-        ),
-        "dapo": lambda: sum(row.sum() for row in rows) / tokens,
-        "bnpo": lambda: sum(row.sum() for row in rows) / tokens,
-        "dr_grpo": lambda: (
-            sum(row.sum() for row in rows)
-            / (sum(map(bool, map(len, rows))) * config.max_completion_length)
-        ),
-    }
-    return means[config.loss_type]()
+    sequences = sum(map(bool, map(len, rows)))
+    if config.loss_type in ("grpo", "sapo"):
+        return sum(row.mean() for row in rows if len(row)) / sequences
+    per_length = config.loss_type == "dr_grpo"
+    count = sequences * config.max_completion_length if per_length else tokens
+    return sum(row.sum() for row in rows) / count
 
 
 def gradient(model: Any) -> torch.Tensor:

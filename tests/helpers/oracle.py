@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from helpers.surrogates import FORMULAS, gmpo_clip
+
 KL = {
     "k1": lambda logp, ref_logp: logp - ref_logp,
     "k2": lambda logp, ref_logp: (logp - ref_logp).square() / 2,
@@ -49,7 +51,7 @@ def ppo_clip(
     return -objective, clipped
 
 
-SURROGATES = {"reinforce": reinforce, "ppo_clip": ppo_clip}
+SURROGATES = {"reinforce": reinforce, "ppo_clip": ppo_clip, **FORMULAS}
 
 
 def sequence_ids(shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
@@ -58,6 +60,15 @@ def sequence_ids(shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
         return torch.arange(shape[0]).unsqueeze(1).expand(shape)
     lengths = torch.diff(cu_seqlens.cpu().long())
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+
+def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """For each token the mean of x over the counted tokens of its sequence."""
+    ids = sequence_ids(x.shape, cu_seqlens).to(x.device)
+    means = torch.zeros_like(x)
+    for i in ids[mask].unique():
+        means = torch.where(ids == i, x[mask & (ids == i)].mean(), means)
+    return means
 
 
 def aggregate(
@@ -94,6 +105,7 @@ def policy_loss(
     kl_estimator="k3",
     entropy_coef=0.0,
     temperature=1.0,
+    importance_sampling_level="token",
     importance_sampling_ratio=None,
     loss_agg_mode="token-mean",
     num_items=None,
@@ -112,8 +124,12 @@ def policy_loss(
 
     advantage = counted(advantage)
     old_logp = logp.detach() if old_logp is None else counted(old_logp)
-    ratio = torch.exp(logp - old_logp)
-    loss, clipped = SURROGATES[surrogate](ratio, logp, advantage, **clip)
+    log_ratio, held = logp - old_logp, torch.zeros_like(mask)
+    if surrogate == "gmpo":
+        log_ratio, held = gmpo_clip(log_ratio, advantage, **clip)
+    if importance_sampling_level == "sequence":
+        log_ratio = sequence_mean(log_ratio, mask, cu_seqlens)
+    loss, clipped = SURROGATES[surrogate](torch.exp(log_ratio), logp, advantage, **clip)
     if importance_sampling_ratio is not None:
         loss = loss * counted(importance_sampling_ratio)
     kl = None
@@ -122,4 +138,4 @@ def policy_loss(
         loss = loss + beta * kl
     loss = loss - entropy_coef * entropy
     scalar = aggregate(loss, mask, loss_agg_mode, num_items, norm_length, cu_seqlens)
-    return scalar, logp, entropy, kl, clipped & mask
+    return scalar, logp, entropy, kl, (clipped | held) & mask

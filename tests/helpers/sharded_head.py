@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
 
 import rlcore as rl
 
@@ -37,6 +38,18 @@ def loss_of(head: nn.Linear, rank: int, name: str) -> torch.Tensor:
     return (out.logp * advantage).mean() + 0.1 * out.entropy.mean()
 
 
+def refusal_of_sharded_hidden(mesh) -> str:
+    """What a DTensor in hidden's place is told."""
+    hidden, target, advantage = make_inputs(0)
+    try:
+        rl.linear_policy_loss(
+            DTensor.from_local(hidden, mesh, [Replicate()]), make_head().weight, target, advantage
+        )
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
 def main() -> None:
     directory = Path(sys.argv[1])
     rank = int(sys.argv[2])
@@ -52,6 +65,7 @@ def main() -> None:
         full = [p.grad.full_tensor() for p in (head.weight, head.bias)]
         sharded = type(head.weight.grad).__name__
         results[name] = {"loss": loss.detach(), "gradients": full, "type": sharded}
+    results["refused"] = refusal_of_sharded_hidden(mesh)
     torch.save(results, directory / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -1,0 +1,105 @@
+"""The surrogates' definitions for the oracle, and options under which each shows all its sides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INFINITE = float("inf")
+
+
+def _never(logp: Tensor) -> Tensor:
+    return torch.zeros_like(logp, dtype=torch.bool)
+
+
+def ppo_penalty(ratio, logp, advantage, *, surrogate_params=None):
+    """-r A + c (r - 1 - log r)."""
+    coefficient = (surrogate_params or {"kl_coef": 1.0})["kl_coef"]
+    return -ratio * advantage + coefficient * (ratio - 1 - ratio.log()), _never(logp)
+
+
+def cispo(ratio, logp, advantage, *, epsilon=0.2, epsilon_high=None):
+    """-clip(r) A log pi, the clip a number."""
+    high = epsilon if epsilon_high is None else epsilon_high
+    return -ratio.detach().clamp(1 - epsilon, 1 + high) * advantage * logp, _never(logp)
+
+
+def cispo_abs(ratio, logp, advantage, *, epsilon_high):
+    """-min(r, epsilon_high) A log pi, the minimum a number."""
+    bound = torch.full_like(ratio, epsilon_high)
+    return -torch.minimum(ratio.detach(), bound) * advantage * logp, _never(logp)
+
+
+def sapo(ratio, logp, advantage, *, surrogate_params=None):
+    """-(4 / tau) A / (1 + exp(-tau (r - 1)))."""
+    params = {"tau_pos": 1.0, "tau_neg": 1.05} | (surrogate_params or {})
+    up, down = (
+        4 / tau / (1 + torch.exp(-tau * (ratio - 1)))
+        for tau in (params["tau_pos"], params["tau_neg"])
+    )
+    return -advantage * torch.where(advantage > 0, up, down), _never(logp)
+
+
+def gmpo(ratio, logp, advantage, **_):
+    """-A times a ratio whose tokens were clipped before the mean."""
+    return -ratio * advantage, _never(logp)
+
+
+def gmpo_clip(log_ratio, advantage, *, epsilon=0.2, epsilon_high=None):
+    """The tokens' part of GMPO, as its paper's code: min of sgn(A) log r and its clip."""
+    high = epsilon if epsilon_high is None else epsilon_high
+    sign = torch.where(advantage > 0, 1.0, -1.0)
+    least = torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-epsilon, high))
+    held = (log_ratio > high) & (advantage > 0) | (log_ratio < -epsilon) & (advantage < 0)
+    return torch.where(advantage == 0, log_ratio, sign * least), held
+
+
+def dppo_tv(ratio, logp, advantage, *, epsilon=0.2, epsilon_high=None):
+    """-r A, dropped where the sampled token's probability has gone too far."""
+    high = epsilon if epsilon_high is None else epsilon_high
+    rise = logp.exp() - logp.exp() / ratio
+    dropped = torch.where(advantage > 0, rise > high, (advantage < 0) & (-rise > epsilon))
+    return -ratio * advantage * ~dropped, dropped
+
+
+def dppo_kl(ratio, logp, advantage, *, epsilon=0.2, epsilon_high=None):
+    """-r A, dropped where the KL of two Bernoulli distributions is too large."""
+    high = epsilon if epsilon_high is None else epsilon_high
+    old, new = logp.exp() / ratio, logp.exp()
+    kl = old * (old / new).log() + (1 - old) * ((1 - old) / (1 - new)).log()
+    further = torch.where(
+        advantage > 0, (ratio > 1) & (kl > high), (advantage < 0) & (ratio < 1) & (kl > epsilon)
+    )
+    return -ratio * advantage * ~further, further
+
+
+def kl_cov(ratio, logp, advantage, *, surrogate_params=None):
+    """-r A + c |log r|."""
+    coefficient = (surrogate_params or {"kl_coef": 1.0})["kl_coef"]
+    return -ratio * advantage + coefficient * ratio.log().abs(), _never(logp)
+
+
+FORMULAS = {
+    "ppo_penalty": ppo_penalty,
+    "cispo": cispo,
+    "cispo_abs": cispo_abs,
+    "sapo": sapo,
+    "gmpo": gmpo,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
+    "kl_cov": kl_cov,
+}
+
+# Where the ratios of `cases.RATIOS` and small vocabularies lie on either side of every bound.
+OPTIONS: dict[str, dict] = {
+    "reinforce": {},
+    "ppo_clip": {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5},
+    "ppo_penalty": {"surrogate_params": {"kl_coef": 0.7}},
+    "cispo": {"epsilon": 0.1, "epsilon_high": 0.3},
+    "cispo_abs": {"epsilon_high": 1.3},
+    "sapo": {"surrogate_params": {"tau_pos": 0.8, "tau_neg": 1.6}},
+    "gmpo": {"epsilon": 0.1, "epsilon_high": 0.3},
+    "dppo_tv": {"epsilon": 0.004, "epsilon_high": 0.012},
+    "dppo_kl": {"epsilon": 0.001, "epsilon_high": 0.004},
+    "kl_cov": {"surrogate_params": {"kl_coef": 0.7}},
+}

@@ -1,0 +1,76 @@
+"""Wrong versions of the surrogates, each of which the ordinary assertions must refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from helpers import DEVICE
+from helpers.cases import batch, flat, policy_inputs
+from helpers.checks import check_policy_loss
+from helpers.mutants import TESTS, Mutant, function, load_kernels, read_mutants, unload
+from helpers.surrogates import OPTIONS
+
+CASES = [
+    pytest.param(path.stem.split(".")[1], mutant, id=f"{path.stem}-{mutant.name}")
+    for path in sorted((TESTS / "mutants" / "surrogates").glob("*.txt"))
+    for mutant in read_mutants(path)
+]
+
+
+@pytest.fixture(autouse=True)
+def clean_modules(device: str):
+    torch.manual_seed(0)
+    yield
+    unload()
+
+
+def surrogate_checks(op: Callable, backend: str) -> Iterator[Callable[[], None]]:
+    def check(inputs, level="token", **options):
+        inputs.options |= {"importance_sampling_level": level, **options}
+        return partial(check_policy_loss, op, inputs, device=DEVICE, backend=backend)
+
+    for name, options in OPTIONS.items():
+        if name not in ("gmpo", "reinforce"):
+            inputs = policy_inputs(flat(32, 30, torch.float32), "old_logp", "mask", masked=0.2)
+            yield check(inputs, surrogate=name, **options)
+    yield partial(assert_a_target_out_of_range_shows, op, backend)
+    if backend == "triton":
+        return  # the sequence level is the torch formulas' on either backend
+    # enough tokens that some lie between the two directions of the KL
+    inputs = policy_inputs(flat(400, 10, torch.float32), "old_logp")
+    inputs.options["old_logp"].clamp_(max=-0.05)
+    yield check(inputs, surrogate="dppo_kl", epsilon=0.02, epsilon_high=0.05)
+    for name in ("ppo_clip", "gmpo", "cispo"):
+        inputs = policy_inputs(batch(4, 8, 30, torch.float32), "old_logp", "mask", masked=0.3)
+        yield check(inputs, "sequence", surrogate=name, **OPTIONS[name])
+    inputs = policy_inputs(flat(12, 30, torch.float32), "old_logp")
+    cu_seqlens = torch.tensor([0, 3, 3, 12], dtype=torch.int32)
+    yield check(inputs, "sequence", cu_seqlens=cu_seqlens)
+
+
+def assert_a_target_out_of_range_shows(op: Callable, backend: str) -> None:
+    if backend == "torch" and DEVICE == "cpu":
+        return
+    z = torch.randn(2, 30, device=DEVICE, requires_grad=True)
+    target, advantage = torch.tensor([3, 30], device=DEVICE), torch.ones(2, device=DEVICE)
+    loss = op(z, target, advantage, surrogate="reinforce", backend=backend).loss
+    assert torch.autograd.grad(loss, z)[0][1].isnan().all()
+
+
+def test_unchanged_surrogates_pass_the_battery(backend, tmp_path):
+    for check in surrogate_checks(function(load_kernels(tmp_path), "policy_loss"), backend):
+        check()
+
+
+@pytest.mark.parametrize("backend, mutant", CASES)
+def test_a_wrong_surrogate_is_refused(backend: str, mutant: Mutant, tmp_path):
+    op = function(load_kernels(tmp_path, mutant), "policy_loss")
+    for check in surrogate_checks(op, backend):
+        try:
+            check()
+        except AssertionError:
+            return
+    pytest.fail(f"every check accepted the mutant {mutant.name!r}")
