@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -93,14 +92,3 @@ def store_rows(wholes: list[Tensor | None], rows: slice | Tensor, parts: tuple) 
     for whole, part in zip(wholes, parts, strict=True):
         if whole is not None and part is not None:
             whole[rows] = part
-
-
-def without_autocast(function):
-    """The products' dtypes are chosen; autocast must not choose again."""
-
-    @functools.wraps(function)
-    def wrapped(hidden, *arguments):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return function(hidden, *arguments)
-
-    return wrapped

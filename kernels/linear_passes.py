@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import policy_loss as rows_policy
 from . import token_logprob as rows_logprob
-from .blocks import select_rows, statistics_dtype
+from .blocks import select_rows, statistics_dtype, without_autocast
 from .linear_chunks import (
     Chunk,
     Gathered,
@@ -21,7 +21,6 @@ from .linear_chunks import (
     gradient_dtype,
     store_rows,
     unit_of,
-    without_autocast,
 )
 from .linear_products import Head, Products
 from .surrogates import PolicyOptions

@@ -208,3 +208,14 @@ def test_a_target_out_of_range_shows(device, backend):
     assert out.logp.isnan().tolist() == [False, True, False] and out.loss.isnan()
     (dz,) = torch.autograd.grad(out.loss, z)
     assert dz[1].isnan().all() and dz[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_bit(dtype, device, backend):
+    inputs = policy_inputs(flat(6, 2100, dtype), *ALL, **EVERYTHING)
+    out, gradient = run(inputs, device, backend)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        again, same = run(inputs, device, backend)
+    assert torch.equal(gradient, same)
+    for mine, other in zip(out, again, strict=True):
+        assert torch.equal(mine, other)
