@@ -23,7 +23,7 @@ from .linear_chunks import (
     unit_of,
 )
 from .linear_products import Head, Products
-from .surrogates import PolicyOptions
+from .surrogates import SURROGATES, PolicyOptions
 
 
 @without_autocast
@@ -73,7 +73,9 @@ def _flows(given: list[Tensor | None], clipped: Tensor, options: PolicyOptions) 
     if options.beta or options.entropy_coef:
         return None
     advantage, _, _, ratio = given
-    flows = ~clipped & (advantage != 0)
+    flows = ~clipped
+    if SURROGATES[options.surrogate].needs_advantage:
+        flows &= advantage != 0
     return flows if ratio is None else flows & (ratio != 0)
 
 

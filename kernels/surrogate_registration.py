@@ -60,9 +60,12 @@ def register_surrogate(
     _check_formula(name, torch_formula, values)
     if triton_formula is not None:
         _check_twin(name, torch_formula, triton_formula, values)
+    logp, old_logp, advantage = _points(torch.float64)
+    idle = torch_formula(logp, old_logp, 0 * advantage, values)[1]
     SURROGATES[name] = Surrogate(
-        torch_formula, triton_formula, tuple(parameters), defaults, levels=tuple(levels)
-    )
+        torch_formula, triton_formula, tuple(parameters), defaults,
+        needs_advantage=not idle.any(), levels=tuple(levels),
+    )  # fmt: skip
 
 
 def _points(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:

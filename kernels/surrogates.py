@@ -30,6 +30,7 @@ class Surrogate:
         defaults: values of its own parameters where surrogate_params leaves them out.
         positive: its own parameters that must be positive.
         explicit: those of every policy loss that it takes no default of: they must be given.
+        needs_advantage: whether a token of advantage 0 has no gradient, so needs no computing.
         has_ratio: False where the formula has no importance ratio, so takes no old_logp.
         levels: the importance_sampling_levels that it is defined at.
         clip_token: at sequence level, what becomes of each token's log-ratio before the mean:
@@ -42,6 +43,7 @@ class Surrogate:
     defaults: Mapping[str, float] = field(default_factory=dict)
     positive: tuple[str, ...] = ()
     explicit: tuple[str, ...] = ()
+    needs_advantage: bool = True
     has_ratio: bool = True
     levels: tuple[str, ...] = LEVELS
     clip_token: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -56,7 +58,8 @@ SURROGATES: dict[str, Surrogate] = {
     ),
     "ppo_clip": Surrogate(formulas.ppo_clip, formulas._ppo_clip, (*CLIP, "delta")),
     "ppo_penalty": Surrogate(
-        formulas.ppo_penalty, formulas._ppo_penalty, ("kl_coef",), {"kl_coef": 1.0}, levels=TOKEN
+        formulas.ppo_penalty, formulas._ppo_penalty, ("kl_coef",), {"kl_coef": 1.0},
+        needs_advantage=False, levels=TOKEN,
     ),
     "cispo": Surrogate(formulas.cispo, formulas._cispo, CLIP),
     "cispo_abs": Surrogate(
@@ -72,7 +75,8 @@ SURROGATES: dict[str, Surrogate] = {
     "dppo_tv": Surrogate(formulas.dppo_tv, formulas._dppo_tv, CLIP, levels=TOKEN),
     "dppo_kl": Surrogate(formulas.dppo_kl, formulas._dppo_kl, CLIP, levels=TOKEN),
     "kl_cov": Surrogate(
-        formulas.kl_cov, formulas._kl_cov, ("kl_coef",), {"kl_coef": 1.0}, levels=TOKEN
+        formulas.kl_cov, formulas._kl_cov, ("kl_coef",), {"kl_coef": 1.0},
+        needs_advantage=False, levels=TOKEN,
     ),
 }  # fmt: skip
 

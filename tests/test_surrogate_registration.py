@@ -86,6 +86,19 @@ def test_a_twin_brings_the_one_launch_path(twin, fused, device):
     assert ("_PolicyLoss" in str(out.loss.grad_fn)) == fused
 
 
+def test_a_penalty_reaches_the_fused_head_where_the_advantage_is_zero(backend, device):
+    rl.register_surrogate("squared", squared, squared_twin, parameters=("weight",))
+    inputs = policy_inputs(flat(6, 30, torch.float32), "old_logp")
+    hidden = torch.randn(6, 8, device=device, requires_grad=True)
+    weight, target = torch.randn(30, 8, device=device), inputs.target.to(device)
+    loss = rl.linear_policy_loss(
+        hidden, weight, target, torch.zeros(6, device=device), surrogate="squared",
+        old_logp=inputs.options["old_logp"].to(device), surrogate_params={"weight": 1.0},
+        backend=backend,
+    ).loss  # fmt: skip
+    assert torch.autograd.grad(loss, hidden)[0].any(1).all()
+
+
 def test_defaults_are_taken_and_a_parameter_without_one_must_be_given(device):
     rl.register_surrogate("squared", squared, parameters=("weight",))
     with pytest.raises(ValueError, match=r"squared.*needs surrogate_params \['weight'\]"):

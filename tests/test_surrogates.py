@@ -182,6 +182,8 @@ def test_the_fused_head_gives_what_its_logits_give(name, level, backend, device)
     hidden, weight = torch.randn(4, 8, 16, device=device), torch.randn(30, 16, device=device)
     inputs = policy_inputs((hidden @ weight.T).cpu(), *old_logp(name), "mask", masked=0.3)
     inputs.options |= options(name, level)
+    # a penalty has a gradient where the advantage is 0 too
+    inputs.advantage[0, :3] = 0
     out, dz = run(inputs, device, backend)
     hidden.requires_grad_()
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.options.items()}
@@ -377,6 +379,13 @@ BAD = {
 def test_what_a_surrogate_cannot_use_is_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         rl.policy_loss(torch.zeros(N, 11), torch.zeros(N).long(), torch.ones(N), **changed)
+
+
+@pytest.mark.parametrize("name", AT_TOKEN)
+def test_the_table_knows_who_needs_an_advantage(name):
+    logp, old = -torch.rand(2, 50, dtype=torch.float64)
+    _, dlogp, _ = SURROGATES[name].torch(logp, old, torch.zeros(50), parameters_of(name))
+    assert SURROGATES[name].needs_advantage == (not dlogp.any())
 
 
 def test_every_surrogate_says_where_it_is_defined():
