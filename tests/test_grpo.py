@@ -9,6 +9,7 @@ import torch
 from helpers import grpo as make
 from helpers.tiny import tiny_model
 
+from rlcore.heads import LogitsHead
 from rlcore.trainers import grpo
 from rlcore.trainers.grpo import _logp, _update, _with_other_policies
 from rlcore.trainers.grpo_config import LOSS_TYPES
@@ -102,13 +103,13 @@ def test_micro_steps_that_count_for_themselves_would_not_be(tmp_path, loss_type,
 def test_rows_without_a_gradient_are_counted_but_not_computed(tmp_path, monkeypatch):
     made = make.experience(old=0.3)
     computed = []
-    logits = grpo._logits
+    policy_loss = LogitsHead.policy_loss
 
-    def spy(model, part):
-        computed.append(len(part))
-        return logits(model, part)
+    def spy(self, model, batch, *arguments, **options):
+        computed.append(len(batch))
+        return policy_loss(self, model, batch, *arguments, **options)
 
-    monkeypatch.setattr(grpo, "_logits", spy)
+    monkeypatch.setattr(LogitsHead, "policy_loss", spy)
     _, short = update(tmp_path, made)
     assert sum(computed) == 5
     # an entropy bonus too small to matter makes every row matter
@@ -156,14 +157,17 @@ def test_the_first_pass_hands_out_the_sampling_policys_logp(tmp_path):
 
 def test_logp_passes_are_made_only_where_they_are_needed(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(grpo, "_logp", lambda run, model, made: calls.append(model) or made.mask)
-    made, reference = make.experience(), object()
+    spy = lambda run, model, head, made: calls.append(model) or made.mask  # noqa: E731
+    monkeypatch.setattr(grpo, "_logp", spy)
+        grpo, "_logp", lambda run, model, head, made: calls.append(model) or made.mask
+    )
+    made, reference = make.experience(), (object(), LogitsHead())
 
     def needed(reference=None, **changes):
         calls.clear()
         run = make.make_run(make.config(tmp_path, **changes))
         _with_other_policies(run, made, reference)
-        return ["reference" if model is reference else "policy" for model in calls]
+        return ["policy" if model is run.model else "reference" for model in calls]
 
     assert needed() == []
     assert needed(num_iterations=3) == []
@@ -176,7 +180,7 @@ def test_logp_of_another_policy_is_that_of_its_own_forward_pass(tmp_path):
     run = make.make_run(make.config(tmp_path, temperature=0.7, entropy_coef=0.1))
     other = tiny_model("gpt2", seed=5)
     expected = make.naive_logp(other, made, 0.7)[0]
-    logp = _logp(run, other, made)
+    logp = _logp(run, other, LogitsHead(), made)
     assert (logp - expected)[made.mask].abs().max() < 1e-4
     assert torch.all(logp[~made.mask] == 0)
 

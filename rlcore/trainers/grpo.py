@@ -76,12 +76,14 @@ def train_grpo(
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
-    reference = _load_reference(config, accelerator)
+    # without a KL term nothing asks for the reference's opinion
+    reference = load_reference(config.ref_model or config.model) if config.beta else None
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     updates = config.num_iterations * config.updates_per_pass  # optimizer steps that it serves
     run = start_run(
         config, accelerator, model, tokenizer, total_steps(config, len(rows), prompts / updates)
     )
+    reference = _prepared(run, reference)
     with tracking(run, tracker, "GRPO", DISPLAYED) as tracker:
         log, clock, step = Log(run, tracker), Clock(), run.first_step
         if held_out is not None and step == 0:
@@ -108,15 +110,17 @@ def train_grpo(
         return finish_run(run, log)
 
 
-def _load_reference(config: GRPOConfig, accelerator: Any) -> Any:
-    """The frozen reference on this device, None where nothing asks for its opinion."""
-    if config.beta == 0:
+def _prepared(run: Run, reference: Any | None) -> tuple[Any, Head] | None:
+    """The frozen reference on this device, with its head; None where there is none."""
+    if reference is None:
         return None
-    reference = load_reference(config.ref_model or config.model)
-    return accelerator.prepare_model(reference, evaluation_mode=True)
+    head, _ = choose_head(reference, run.wants_fused_head)
+    return run.accelerator.prepare_model(reference, evaluation_mode=True), head
 
 
-def _with_other_policies(run: Run, experience: Experience, reference: Any) -> Experience:
+def _with_other_policies(
+    run: Run, experience: Experience, reference: tuple[Any, Head] | None
+) -> Experience:
     """The log-probabilities under the reference, and under the present policy where it will move.
 
     With one update a pass the first pass meets the policy that sampled, and hands out its
@@ -124,8 +128,7 @@ def _with_other_policies(run: Run, experience: Experience, reference: Any) -> Ex
     """
     ref_logp = old_logp = None
     if reference is not None:
-        head, _ = choose_head(run.accelerator.unwrap_model(reference), run.wants_fused_head)
-        ref_logp = _logp(run, reference, head, experience)
+        ref_logp = _logp(run, *reference, experience)
     if run.config.updates_per_pass > 1:
         old_logp = _logp(run, run.model, run.head, experience)
     return dataclasses.replace(experience, old_logp=old_logp, ref_logp=ref_logp)
