@@ -157,10 +157,12 @@ def test_the_first_pass_hands_out_the_sampling_policys_logp(tmp_path):
 
 def test_logp_passes_are_made_only_where_they_are_needed(tmp_path, monkeypatch):
     calls = []
-    spy = lambda run, model, head, made: calls.append(model) or made.mask  # noqa: E731
+
+    def spy(run, model, head, made):
+        calls.append(model)
+        return made.mask
+
     monkeypatch.setattr(grpo, "_logp", spy)
-        grpo, "_logp", lambda run, model, head, made: calls.append(model) or made.mask
-    )
     made, reference = make.experience(), (object(), LogitsHead())
 
     def needed(reference=None, **changes):
