@@ -9,6 +9,14 @@ RESULTS=${RESULTS:-benchmarks/results}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 unset TRITON_INTERPRET
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a CUDA device"'
-"$PYTHON" -m pytest tests/test_token_logprob.py tests/test_policy_loss.py tests/test_ops.py \
-    tests/test_mutants.py tests/test_compile_gate.py -p no:cacheprovider
+row_kernels=(token_logprob policy_loss policy_loss_properties bad_input ops mutants compile_gate)
+others=(linear_head linear_ops categorical categorical_kernels scan_kernels surrogates)
+files() { printf 'tests/test_%s.py ' "$@"; }
+status=0
+# shellcheck disable=SC2046
+"$PYTHON" -m pytest $(files "${row_kernels[@]}") -p no:cacheprovider || status=$?
+# a time limit, because the scans' tiles wait for each other
+# shellcheck disable=SC2046
+timeout 240 "$PYTHON" -m pytest $(files "${others[@]}") -p no:cacheprovider || status=$?
 "$PYTHON" benchmarks/gpu.py --output "$RESULTS"
+exit "$status"
