@@ -70,7 +70,7 @@ def prepare_policy(
         cu_seqlens=cu_seqlens, dtype=dtype,
     ).contiguous()  # fmt: skip
     per_token = [
-        _per_token(label, value, rows, dtype)
+        _per_token(label, value, rows, name)
         for label, value in {
             "advantage": advantage, "old_logp": old_logp, "ref_logp": ref_logp,
             "importance_sampling_ratio": importance_sampling_ratio,
@@ -138,13 +138,13 @@ def _own_parameters(surrogate: str, params: dict[str, float], shared: tuple[str,
     return values
 
 
-def _per_token(name: str, value: Tensor | None, rows: Tensor, dtype: torch.dtype):
+def _per_token(argument: str, value: Tensor | None, rows: Tensor, name: str) -> Tensor | None:
     """A detached, contiguous value a token, in the statistics' dtype; (B,) is spread over T."""
     if value is None:
         return None
-    if rows.dim() == 3 and value.shape == rows.shape[:1] and name not in (
+    if rows.dim() == 3 and value.shape == rows.shape[:1] and argument not in (
         "old_logp", "ref_logp"
     ):  # fmt: skip
         value = value[:, None].expand(rows.shape[:-1])
-    check_per_token(name, value, rows)
-    return value.detach().to(dtype).contiguous()
+    check_per_token(argument, value, rows, name)
+    return value.detach().to(statistics_dtype(rows)).contiguous()
