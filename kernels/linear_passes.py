@@ -144,7 +144,8 @@ def scale_unit_gradient(
     zero = torch.zeros_like(slope)
     dlogp, dlse = (zero if g is None else torch.where(mask, g, 0.0) for g in (dlogp, dlse))
     at_target = dlogp * slope * (head.logit_scale / head.temperature)
-    inside = torch.where(mask, target, 0).long()
+    # a counted target out of range has made its row NaN already: nothing outside may be read
+    inside = torch.where(mask, target, 0).long().clamp(0, weight.shape[0] - 1)
     dhidden = (dlse - dlogp)[:, None] * unit_gradient
     return dhidden.add_(weight[inside] * at_target[:, None]).to(weight.dtype)
 

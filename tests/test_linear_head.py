@@ -399,3 +399,20 @@ def test_the_naive_head_itself_is_right():
     logits = naive_logits(hidden, weight, torch.tensor([0.5, -1.0]), softcap=10.0, logit_scale=0.5)
     expected = 10 * torch.tanh(torch.tensor([[5.75, 0.5]]) / 10)
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("bad", [-1, 7, 1 << 40])
+@pytest.mark.parametrize("strategy", ["unit-gradient", "recompute"])
+def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing(strategy, bad, device):
+    hidden = torch.randn(4, 5, device=device, requires_grad=True)
+    weight = torch.randn(7, 5, device=device, requires_grad=strategy == "recompute")
+    target = torch.tensor([0, bad, 3, 6], device=device)
+    options = {"entropy": False, "chunk_bytes": 2 * 7 * 4}
+    plan = rl.plan_linear(hidden, weight, loss="logprob", **options)
+    assert plan.strategy == strategy
+    out = rl.linear_token_logprob(hidden, weight, target, backend="triton", **options)
+    (gradient,) = torch.autograd.grad(out.logp.sum(), hidden)
+    is_bad = torch.arange(4, device=device) == 1
+    assert torch.equal(out.logp.isnan(), is_bad)
+    assert torch.equal(gradient.isnan().all(1), is_bad)
+    assert gradient[~is_bad].isfinite().all()
