@@ -17,7 +17,7 @@ from . import categorical_reference as reference
 from .backend import resolve_backend, takes_short_way
 from .categorical_kernels import accumulator_dtype, launch_backward, launch_forward
 from .checks import FLOATS, check_finite, check_per_token, check_positive
-from .rows import gradient_memory
+from .token_logprob import memory_for
 
 
 def _forward(p_logits, q_logits, mask, temperature, backend):
@@ -53,20 +53,13 @@ class _CategoricalKL(torch.autograd.Function):
     def backward(ctx, dkl):
         p_logits, q_logits, mask, kl, *row_statistics = ctx.saved_tensors
         dp, dq = (
-            _gradient_memory(ctx.backend, logits) if needed else None
+            memory_for(ctx.backend)(logits, False) if needed else None
             for logits, needed in zip((p_logits, q_logits), ctx.needs_input_grad, strict=False)
         )
         _backward(
             ctx.backend, p_logits, q_logits, dp, dq, mask, kl, row_statistics, dkl, ctx.temperature
         )
         return dp, dq, None, None, None
-
-
-def _gradient_memory(backend: str, logits: Tensor) -> Tensor:
-    """Memory for a gradient, laid out as the backend likes it."""
-    if backend == "triton":
-        return gradient_memory(logits, False)
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 @torch.library.custom_op("rlcore::categorical_kl", mutates_args=())

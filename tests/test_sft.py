@@ -263,6 +263,10 @@ def test_learning_rates_by_hand(config, options, expected):
         ({"eval_steps": 5}, "no eval_dataset"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"save_total_limit": 0}, "save_total_limit must be at least 1"),
+        (
+            {"report_to": ["tensorbord"], "model": "/nowhere/model"},
+            "'tensorbord'. Did you mean 'tensorboard'",
+        ),
         ({"dataset": "/nowhere/rows.jsonl"}, "no data file"),
         ({"model": "/nowhere/model"}, "no such directory"),
     ],

@@ -28,7 +28,6 @@ from rlcore.trainers.schedules import learning_rate_scale
 from rlcore.trainers.train_config import TrainConfig
 
 Item = TypeVar("Item")
-CONFIG_FILE = "training.yaml"
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def start_run(config: TrainConfig, accelerator: Any, model: Any, tokenizer: Any,
         checkpoint.prepare_output_dir(
             config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume
         )
-        save_config(config, Path(config.output_dir) / CONFIG_FILE)
+        save_config(config, Path(config.output_dir) / checkpoint.CONFIG_FILE)
     accelerator.wait_for_everyone()
     if previous is not None:
         state = checkpoint.load_checkpoint(accelerator, previous)

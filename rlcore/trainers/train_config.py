@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rlcore.checkpoint import check_output_dir
 from rlcore.errors import UserError, unknown_name
+from rlcore.tracking import check_report_to
 from rlcore.trainers.schedules import check_schedule
 
 FUSED_HEAD = ("on", "off")
@@ -59,6 +60,7 @@ def check_train_config(config: TrainConfig) -> None:
     for name in ("warmup_steps", "save_steps", "eval_steps", "weight_decay", "max_grad_norm"):
         if getattr(config, name) < 0:
             raise UserError(f"{name} must not be negative, it is {getattr(config, name)}")
+    check_report_to(config.report_to)
     if config.fused_head not in FUSED_HEAD:
         raise unknown_name("fused_head", config.fused_head, FUSED_HEAD)
     if not config.learning_rate > 0:
