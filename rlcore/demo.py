@@ -2,7 +2,7 @@
 
 Made on the spot: problems, tokenizer and a model with random weights. Then the ordinary trainers:
 supervised warm-up, GRPO on the verifier's reward, and the same GRPO on that reward shuffled, which
-must not learn. Held-out accuracy is measured before and after each.
+has nothing to learn from and can only drift. Held-out accuracy is measured before and after each.
 """
 
 from __future__ import annotations
