@@ -11,8 +11,9 @@ from helpers.tiny import tiny_model
 
 from rlcore.heads import LogitsHead
 from rlcore.trainers import grpo
-from rlcore.trainers.grpo import _logp, _update, _with_other_policies
+from rlcore.trainers.grpo import _update, _with_other_policies
 from rlcore.trainers.grpo_config import LOSS_TYPES
+from rlcore.trainers.policies import Policy, completion_logp
 from rlcore.trainers.sampling import _metrics, make_judge
 
 EVERYTHING = torch.arange(8)
@@ -158,12 +159,12 @@ def test_the_first_pass_hands_out_the_sampling_policys_logp(tmp_path):
 def test_logp_passes_are_made_only_where_they_are_needed(tmp_path, monkeypatch):
     calls = []
 
-    def spy(run, model, head, made):
-        calls.append(model)
+    def spy(run, policy, made):
+        calls.append(policy.model)
         return made.mask
 
-    monkeypatch.setattr(grpo, "_logp", spy)
-    made, reference = make.experience(), (object(), LogitsHead())
+    monkeypatch.setattr(grpo, "completion_logp", spy)
+    made, reference = make.experience(), Policy(object(), LogitsHead())
 
     def needed(reference=None, **changes):
         calls.clear()
@@ -182,7 +183,7 @@ def test_logp_of_another_policy_is_that_of_its_own_forward_pass(tmp_path):
     run = make.make_run(make.config(tmp_path, temperature=0.7, entropy_coef=0.1))
     other = tiny_model("gpt2", seed=5)
     expected = make.naive_logp(other, made, 0.7)[0]
-    logp = _logp(run, other, LogitsHead(), made)
+    logp = completion_logp(run, Policy(other, LogitsHead()), made)
     assert (logp - expected)[made.mask].abs().max() < 1e-4
     assert torch.all(logp[~made.mask] == 0)
 

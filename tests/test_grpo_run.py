@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlcore.advantages import group_advantage
 from rlcore.errors import TrainingDiverged, UserError
 from rlcore.tracking import read_metrics
-from rlcore.trainers import grpo, sampling
+from rlcore.trainers import grpo
 from rlcore.trainers.grpo import GRPOConfig, _update, train_grpo
 from rlcore.trainers.grpo_config import LOSS_TYPES
 
@@ -82,14 +82,14 @@ def test_it_learns_what_is_rewarded(config, loss_type):
 
 def test_with_the_advantages_sign_flipped_it_would_not(config, monkeypatch):
     monkeypatch.setattr(
-        sampling, "group_advantage", lambda *args, **kwargs: -group_advantage(*args, **kwargs)
+        grpo, "group_advantage", lambda *args, **kwargs: -group_advantage(*args, **kwargs)
     )
     assert gain(config) < 0.05
 
 
 def test_with_the_advantages_shuffled_it_would_not(config, monkeypatch):
     monkeypatch.setattr(
-        sampling,
+        grpo,
         "group_advantage",
         lambda *args, **kwargs: group_advantage(*args, **kwargs).roll(13),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -16,9 +16,11 @@ class Experience:
     input_ids: torch.Tensor  # (N, P + C) int64
     attention_mask: torch.Tensor  # (N, P + C) int64
     mask: torch.Tensor  # (N, C) bool: the completion tokens that the loss counts
-    advantage: torch.Tensor  # (N,)
+    advantage: torch.Tensor | None = None  # (N,) or (N, C)
     old_logp: torch.Tensor | None = None  # (N, C): of the policy that sampled
     ref_logp: torch.Tensor | None = None  # (N, C): of the reference
+    value: torch.Tensor | None = None  # (N, C): of the value model at the time of sampling
+    returns: torch.Tensor | None = None  # (N, C): what the value model is to predict
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -44,33 +46,27 @@ class Experience:
         start = int(used[:prompt_length].long().argmax())
         length = max(int(used[prompt_length:].sum()), 1)
         columns = slice(start, prompt_length + length)
-        tails = {
-            name: None if (value := getattr(self, name)) is None else value[:, :length]
-            for name in ("mask", "old_logp", "ref_logp")
+        tokens = {name: getattr(self, name)[:, columns] for name in ("input_ids", "attention_mask")}
+        per_token = {
+            name: value[:, :length]
+            for name in ("mask", "advantage", "old_logp", "ref_logp", "value", "returns")
+            if (value := getattr(self, name)) is not None and value.dim() == 2
         }
-        return Experience(
-            self.input_ids[:, columns],
-            self.attention_mask[:, columns],
-            advantage=self.advantage,
-            **tails,
-        )
+        return replace(self, **tokens, **per_token)
 
     def has_gradient(self) -> torch.Tensor:
         """(N,) bool: rows that the surrogate moves: an advantage other than 0, a counted token."""
-        return (self.advantage != 0) & self.mask.any(1)
+        advantage = self.advantage if self.advantage.dim() == 2 else self.advantage[:, None]
+        return ((advantage != 0) & self.mask).any(1)
 
     def lengths(self) -> torch.Tensor:
         """(N,): attended tokens of each row, prompt and completion."""
         return self.attention_mask.sum(1)
 
 
-def from_rollout(
-    rollout: Rollout, advantage: torch.Tensor, *, mask_truncated_completions: bool
-) -> Experience:
-    """The rollout with advantages (N,); truncated completions count in no loss where asked for."""
+def from_rollout(rollout: Rollout, *, mask_truncated_completions: bool) -> Experience:
+    """The rollout, without advantages; truncated completions count in no loss if asked for."""
     mask = rollout.completion_mask
     if mask_truncated_completions:
         mask = mask & ~rollout.truncated[:, None]
-    return Experience(
-        rollout.input_ids, rollout.attention_mask, mask, advantage.to(rollout.input_ids.device)
-    )
+    return Experience(rollout.input_ids, rollout.attention_mask, mask)

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 import rlcore as rl
+from rlcore.advantages import group_advantage
 from rlcore.data import load_rows
-from rlcore.heads import Head, choose_head
-from rlcore.models import load_policy, load_reference, load_tokenizer
+from rlcore.models import load_policy, load_tokenizer
 from rlcore.rewards import RewardFunction
-from rlcore.rollout import evaluating
 from rlcore.trainers.common import (
     Result,
     Run,
@@ -33,7 +32,6 @@ from rlcore.trainers.common import (
     optimizer_step,
     save_if_due,
     start_run,
-    summed,
     total_steps,
     tracking,
     wants_evaluation,
@@ -41,6 +39,16 @@ from rlcore.trainers.common import (
 from rlcore.trainers.experience import Experience
 from rlcore.trainers.grpo_config import LOSS_TYPES, GRPOConfig, check_grpo_config
 from rlcore.trainers.metrics import Clock, Log, Means
+from rlcore.trainers.policies import (
+    Policy,
+    as_policy,
+    clip_ratios,
+    completion_logp,
+    counted_items,
+    load_wanted_reference,
+    micro_batches,
+    shuffled_rows,
+)
 from rlcore.trainers.sampling import collect, evaluate, make_judge
 
 __all__ = ["GRPOConfig", "train_grpo"]
@@ -76,14 +84,13 @@ def train_grpo(
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
-    # without a KL term nothing asks for the reference's opinion
-    reference = load_reference(config.ref_model or config.model) if config.beta else None
+    reference = load_wanted_reference(config)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     updates = config.num_iterations * config.updates_per_pass  # optimizer steps that it serves
     run = start_run(
         config, accelerator, model, tokenizer, total_steps(config, len(rows), prompts / updates)
     )
-    reference = _prepared(run, reference)
+    reference = as_policy(run, reference)
     with tracking(run, tracker, "GRPO", DISPLAYED) as tracker:
         log, clock, step = Log(run, tracker), Clock(), run.first_step
         if held_out is not None and step == 0:
@@ -93,12 +100,18 @@ def train_grpo(
             number = step // updates
             chosen = rows[batch_indices(len(rows), prompts, number, config.seed)]
             seed = mix_seed(config.seed, number)
-            experience, sampled = collect(run, chosen, judge, seed)
-            experience = _with_other_policies(run, experience, reference)
-            tokens = sampled.pop("tokens")
+            sampled = collect(run, chosen, judge, seed)
+            experience = _with_other_policies(run, sampled.experience, reference)
+            advantage = group_advantage(
+                sampled.all_scores, config.num_generations, scale_rewards=config.scale_rewards
+            )
+            experience = dataclasses.replace(experience, advantage=sampled.mine(advantage))
+            tokens = sampled.metrics.pop("tokens")
             for trained in _updates(run, step, experience, seed):
                 step += 1
-                metrics = sampled | trained | clock.lap(tokens) | {"num_tokens": run.num_tokens}
+                metrics = (
+                    sampled.metrics | trained | clock.lap(tokens) | {"num_tokens": run.num_tokens}
+                )
                 metrics["epoch"] = step / updates * prompts / len(rows)
                 if held_out is not None and wants_evaluation(run, step):
                     metrics |= evaluate(run, held_out, judge)
@@ -110,17 +123,7 @@ def train_grpo(
         return finish_run(run, log)
 
 
-def _prepared(run: Run, reference: Any | None) -> tuple[Any, Head] | None:
-    """The frozen reference on this device, with its head; None where there is none."""
-    if reference is None:
-        return None
-    head, _ = choose_head(reference, run.wants_fused_head)
-    return run.accelerator.prepare_model(reference, evaluation_mode=True), head
-
-
-def _with_other_policies(
-    run: Run, experience: Experience, reference: tuple[Any, Head] | None
-) -> Experience:
+def _with_other_policies(run: Run, experience: Experience, reference: Policy | None) -> Experience:
     """The log-probabilities under the reference, and under the present policy where it will move.
 
     With one update a pass the first pass meets the policy that sampled, and hands out its
@@ -128,35 +131,16 @@ def _with_other_policies(
     """
     ref_logp = old_logp = None
     if reference is not None:
-        ref_logp = _logp(run, *reference, experience)
+        ref_logp = completion_logp(run, reference, experience)
     if run.config.updates_per_pass > 1:
-        old_logp = _logp(run, run.model, run.head, experience)
+        old_logp = completion_logp(run, Policy(run.model, run.head), experience)
     return dataclasses.replace(experience, old_logp=old_logp, ref_logp=ref_logp)
-
-
-@torch.no_grad()
-def _logp(run: Run, model: Any, head: Head, experience: Experience) -> torch.Tensor:
-    """(N, C) log-probabilities of the completions; 0 where no loss will ask for them."""
-    logp = torch.zeros(experience.mask.shape, device=experience.mask.device)
-    everything = torch.arange(len(experience), device=logp.device)
-    with evaluating(model):
-        for rows in _micro_batches(run, experience, everything):
-            part = experience.take(rows).trimmed()
-            with run.accelerator.autocast():
-                scores = head.token_logprob(
-                    model, part, temperature=run.config.temperature, entropy=False
-                )
-            logp[rows, : part.completion_length] = scores.logp.to(logp.dtype)
-    return logp
 
 
 def _updates(run: Run, step: int, experience: Experience, seed: int) -> Iterator[dict[str, float]]:
     """Go through the batch num_iterations times, one optimizer step an item; yields its metrics."""
     config = run.config
-    generator = torch.Generator().manual_seed(mix_seed(seed, run.accelerator.process_index))
-    order = torch.randperm(len(experience), generator=generator).to(experience.mask.device)
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    for rows in config.num_iterations * order.split(size):
+    for rows in config.num_iterations * shuffled_rows(run, experience, seed):
         if step == run.total_steps:
             return
         step += 1
@@ -178,34 +162,26 @@ def _update(
         part = experience.take(batch).trimmed()
         result = _loss(run, part, num_items)
         logp[batch, : part.completion_length] = result.logp.to(logp.dtype)
-        means.add(part.mask, entropy=result.entropy, kl=result.kl, **_clip_ratios(part, result))
+        means.add(part.mask, entropy=result.entropy, kl=result.kl, **clip_ratios(part, result))
         return result.loss
 
-    trained = optimizer_step(run, step, _micro_batches(run, experience, rows), loss_of)
+    trained = optimizer_step(run, step, _useful_batches(run, experience, rows), loss_of)
     return logp, trained | means.reduce(run.accelerator)
 
 
-def _micro_batches(run: Run, experience: Experience, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """`rows` in micro-batches of like length, without those that would give no gradient."""
+def _useful_batches(run: Run, experience: Experience, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`rows` in micro-batches, without those that would give no gradient."""
     if run.config.surrogate_alone and not run.is_sharded:
         useful = rows[experience.has_gradient()[rows]]
         # One row stays at least: every process must take part in the backward pass.
         rows = useful if len(useful) else rows[:1]
-    by_length = experience.lengths()[rows].argsort(descending=True, stable=True)
-    return rows[by_length].split(run.config.per_device_train_batch_size)
+    return micro_batches(run, experience, rows)
 
 
 def _num_items(run: Run, mask: torch.Tensor) -> float:
-    """The loss's denominator: tokens or sequences counted in the whole optimization batch.
-
-    Over the number of processes, because their gradients are averaged.
-    """
+    """The loss's denominator, after the loss type's own idea of what counts."""
     loss_type = LOSS_TYPES[run.config.loss_type]
-    counted = mask if loss_type.loss_agg_mode == "token-mean" else mask.any(1)
-    count = float(counted.sum())
-    if loss_type.all_processes:
-        count = summed(run.accelerator, count) / run.accelerator.num_processes
-    return max(count, 1.0)
+    return counted_items(run, mask, loss_type.loss_agg_mode, all_processes=loss_type.all_processes)
 
 
 def _loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
@@ -229,15 +205,3 @@ def _loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
     )
     with run.accelerator.autocast():
         return run.head.policy_loss(run.model, part, part.advantage, **options)
-
-
-def _clip_ratios(part: Experience, result: rl.PolicyLoss) -> dict[str, torch.Tensor]:
-    """(B, C) indicators of the tokens whose gradient the clip holds at 0, by its side."""
-    rose = (
-        torch.zeros_like(result.clipped) if part.old_logp is None else result.logp > part.old_logp
-    )
-    return {
-        "clip_ratio/low_mean": result.clipped & ~rose,
-        "clip_ratio/high_mean": result.clipped & rose,
-        "clip_ratio/region_mean": result.clipped,
-    }

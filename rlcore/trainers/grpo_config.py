@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rlcore.advantages import SCALES
 from rlcore.errors import UserError, unknown_name
-from rlcore.trainers.train_config import TrainConfig, check_train_config
+from rlcore.trainers.sampling_config import (
+    SamplingConfig,
+    check_counts,
+    check_positive,
+    check_sampling_config,
+)
 
 
 @dataclass(frozen=True)
@@ -34,22 +39,12 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclass(kw_only=True)
-class GRPOConfig(TrainConfig):
+class GRPOConfig(SamplingConfig):
     """GRPO."""
 
     num_generations: int = 8  # completions a prompt: a group
     num_iterations: int = 1  # times that a generation batch is gone through
     steps_per_generation: int | None = None  # micro-steps; None: gradient_accumulation_steps
-    max_prompt_length: int | None = 512  # of longer prompts the last tokens stay; None: all
-    max_completion_length: int = 256  # new tokens at most
-    temperature: float = 1.0  # of sampling, and of the policy that is trained
-    top_p: float = 1.0  # sample from the likeliest tokens of this mass
-    top_k: int = 0  # sample from this many of the likeliest tokens; 0: all
-
-    # Reward
-
-    reward: list[str] = field(default_factory=list)  # built-in names or package.module:function
-    reward_weights: list[float] | None = None  # one a reward; None: 1 each
     scale_rewards: str = "group"  # divide advantages by the std of: group, batch, none
 
     # Loss
@@ -61,9 +56,7 @@ class GRPOConfig(TrainConfig):
     delta: float | None = None  # the ratio's bound where the advantage is negative; None: none
     beta: float = 0.0  # weight of the KL to the reference; 0: no reference is loaded
     kl_estimator: str = "k3"  # k1, k2 or k3
-    ref_model: str | None = None  # the reference; None: where the policy starts
     entropy_coef: float = 0.0  # weight of the entropy bonus
-    mask_truncated_completions: bool = False  # leave completions without an end out of the loss
 
     @property
     def micro_steps(self) -> int:
@@ -76,9 +69,9 @@ class GRPOConfig(TrainConfig):
         return self.micro_steps // self.gradient_accumulation_steps
 
     @property
-    def prompts_per_process(self) -> int:
-        """Prompts that each process samples completions of at a time."""
-        return self.per_device_train_batch_size * self.micro_steps // self.num_generations
+    def wants_reference(self) -> bool:
+        # without a KL term nothing asks for the reference's opinion
+        return self.beta != 0
 
     @property
     def surrogate_alone(self) -> bool:
@@ -88,19 +81,23 @@ class GRPOConfig(TrainConfig):
 
 def check_grpo_config(config: GRPOConfig, reward_count: int) -> None:
     """Raise UserError for options out of their range or at odds with each other."""
-    check_train_config(config)
     _check_names(config)
-    _check_ranges(config)
-    _check_surrogate(config)
-    _check_batches(config)
-    if reward_count == 0:
-        raise UserError("no reward: give --reward NAME or --reward package.module:function")
-    if config.reward_weights is not None and len(config.reward_weights) != reward_count:
+    check_positive(config, "epsilon", "epsilon_high", "delta")
+    check_counts(config, "num_iterations", "steps_per_generation")
+    if config.num_generations < 2:
         raise UserError(
-            f"reward_weights has {len(config.reward_weights)} entries for {reward_count} rewards"
+            f"num_generations must be at least 2, not {config.num_generations}: an advantage is "
+            "relative to the group's other completions"
         )
-    if config.ref_model is not None and config.beta == 0:
-        raise UserError("ref_model is set, but with beta 0 no reference is used: set beta too")
+    if config.beta < 0:
+        raise UserError(f"beta must not be negative, it is {config.beta}")
+    if config.micro_steps % config.gradient_accumulation_steps:
+        raise UserError(
+            f"steps_per_generation ({config.micro_steps}) must be a multiple of "
+            f"gradient_accumulation_steps ({config.gradient_accumulation_steps})"
+        )
+    check_sampling_config(config, reward_count)
+    _check_surrogate(config)
 
 
 def _check_names(config: GRPOConfig) -> None:
@@ -114,30 +111,6 @@ def _check_names(config: GRPOConfig) -> None:
             raise unknown_name(name, getattr(config, name), known)
 
 
-def _check_ranges(config: GRPOConfig) -> None:
-    for name in ("temperature", "epsilon", "epsilon_high", "delta"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name} must be positive, not {value}")
-    for name in ("num_iterations", "max_completion_length", "max_prompt_length"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-    if config.steps_per_generation is not None and config.steps_per_generation < 1:
-        raise UserError(f"steps_per_generation must be at least 1: {config.steps_per_generation}")
-    if config.num_generations < 2:
-        raise UserError(
-            f"num_generations must be at least 2, not {config.num_generations}: an advantage is "
-            "relative to the group's other completions"
-        )
-    if not 0 < config.top_p <= 1 or config.top_k < 0:
-        raise UserError(
-            f"top_p must be in (0, 1] and top_k 0 or positive, not {config.top_p}, {config.top_k}"
-        )
-    if config.beta < 0:
-        raise UserError(f"beta must not be negative, it is {config.beta}")
-
-
 def _check_surrogate(config: GRPOConfig) -> None:
     # imported here: the command line shows its help without the kernels
     from rlcore.kernels.surrogates import SURROGATES
@@ -149,18 +122,3 @@ def _check_surrogate(config: GRPOConfig) -> None:
             raise UserError(f"loss_type {config.loss_type!r} does not use {name}: leave it out")
         if value is None and name in surrogate.explicit:
             raise UserError(f"loss_type {config.loss_type!r} needs {name}, 5.0 say")
-
-
-def _check_batches(config: GRPOConfig) -> None:
-    if config.micro_steps % config.gradient_accumulation_steps:
-        raise UserError(
-            f"steps_per_generation ({config.micro_steps}) must be a multiple of "
-            f"gradient_accumulation_steps ({config.gradient_accumulation_steps})"
-        )
-    completions = config.per_device_train_batch_size * config.micro_steps
-    if completions % config.num_generations:
-        raise UserError(
-            f"a process samples per_device_train_batch_size x steps_per_generation = "
-            f"{config.per_device_train_batch_size} x {config.micro_steps} = {completions} "
-            f"completions at a time, which num_generations ({config.num_generations}) must divide"
-        )

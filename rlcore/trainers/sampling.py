@@ -1,4 +1,4 @@
-"""From prompts to experience: sample, reward, compare within the group; and held-out evaluation."""
+"""From prompts to experience: sample, then have it judged; and held-out evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from rlcore.advantages import group_advantage
 from rlcore.rewards import RewardFunction, Rewards, compute_rewards, load_reward, reward_name
 from rlcore.rollout import Rollout, generate
 from rlcore.trainers.common import Run, mix_seed, split
@@ -44,17 +43,29 @@ def make_judge(
     return Judge(functions, unique, None if weights is None else tuple(weights))
 
 
-def collect(
-    run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int
-) -> tuple[Experience, dict[str, float]]:
-    """This process's share of a generation batch, and the metrics of the whole of it.
+@dataclass(frozen=True)
+class Sampled:
+    """A generation batch: this process's completions, and how all of them were judged."""
+
+    experience: Experience  # this process's N completions, without advantages
+    truncated: torch.Tensor  # (N,) bool: they do not end
+    all_scores: torch.Tensor  # (M,) float32 of all processes, in their order; NaN: not judged
+    rank: int
+    metrics: dict[str, float]  # of the whole batch
+
+    def mine(self, values: torch.Tensor) -> torch.Tensor:
+        """This process's share (N,) of (M,) values, on the experience's device."""
+        count = len(self.experience)
+        share = values[self.rank * count : (self.rank + 1) * count]
+        return share.to(self.experience.input_ids.device)
+
+
+def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -> Sampled:
+    """Sample and judge a generation batch; counts its tokens in `run.num_tokens`.
 
     Args:
         chosen: the columns of the prompts of all processes.
         seed: of the sampling; each process mixes its own out of it.
-
-    Returns:
-        (experience, metrics); metrics["tokens"] counts prompts and completions of all processes.
     """
     config, accelerator = run.config, run.accelerator
     share, rank = config.prompts_per_process, accelerator.process_index
@@ -74,18 +85,11 @@ def collect(
     )
     rewards = judge(_repeated(mine, config.num_generations), rollout.completions)
     everyone = _gathered(accelerator, rollout, rewards)
-    advantage = group_advantage(
-        everyone["total"], config.num_generations, scale_rewards=config.scale_rewards
-    )
-    count = len(rollout.completions)
-    experience = from_rollout(
-        rollout,
-        advantage[rank * count : (rank + 1) * count],
-        mask_truncated_completions=config.mask_truncated_completions,
-    )
     metrics = _metrics(everyone, judge, config.num_generations)
     run.num_tokens += metrics["tokens"]
-    return experience, metrics
+    scores = everyone["total"] - (config.missing_eos_penalty or 0.0) * everyone["truncated"].float()
+    experience = from_rollout(rollout, mask_truncated_completions=config.mask_truncated_completions)
+    return Sampled(experience, rollout.truncated, scores, rank, metrics)
 
 
 def _repeated(columns: Mapping[str, Sequence], times: int) -> dict[str, list]:

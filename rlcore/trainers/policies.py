@@ -1,0 +1,98 @@
+"""What the trainers ask of policies: log-probabilities of what was sampled, and how it is counted.
+
+The policy that samples, the one that learns and the reference are asked the same way, in
+micro-batches of completions of like length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import rlcore as rl
+from rlcore.heads import Head, choose_head
+from rlcore.models import load_reference
+from rlcore.rollout import evaluating
+from rlcore.trainers.common import Run, mix_seed, summed
+from rlcore.trainers.experience import Experience
+from rlcore.trainers.sampling_config import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model, as prepared, and how its losses are had."""
+
+    model: Any
+    head: Head
+
+
+def load_wanted_reference(config: SamplingConfig) -> Any | None:
+    """The frozen reference model; None where no term of the run asks for it."""
+    return load_reference(config.ref_model or config.model) if config.wants_reference else None
+
+
+def as_policy(run: Run, model: Any | None) -> Policy | None:
+    """A frozen model on this run's device, with its head; None stays None."""
+    if model is None:
+        return None
+    head, _ = choose_head(model, run.wants_fused_head)
+    return Policy(run.accelerator.prepare_model(model, evaluation_mode=True), head)
+
+
+@torch.no_grad()
+def completion_logp(run: Run, policy: Policy, experience: Experience) -> torch.Tensor:
+    """(N, C) log-probabilities of the completions; 0 where no loss will ask for them."""
+    logp = torch.zeros(experience.mask.shape, device=experience.mask.device)
+    everything = torch.arange(len(experience), device=logp.device)
+    with evaluating(policy.model):
+        for rows in micro_batches(run, experience, everything):
+            part = experience.take(rows).trimmed()
+            with run.accelerator.autocast():
+                scores = policy.head.token_logprob(
+                    policy.model, part, temperature=run.config.temperature, entropy=False
+                )
+            logp[rows, : part.completion_length] = scores.logp.to(logp.dtype)
+    return logp
+
+
+def micro_batches(run: Run, experience: Experience, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`rows` (M,) in micro-batches of like length, the longest first."""
+    by_length = experience.lengths()[rows].argsort(descending=True, stable=True)
+    return rows[by_length].split(run.config.per_device_train_batch_size)
+
+
+def shuffled_rows(run: Run, experience: Experience, seed: int) -> Sequence[torch.Tensor]:
+    """One pass over the experience: the rows of each of its optimizer steps."""
+    generator = torch.Generator().manual_seed(mix_seed(seed, run.accelerator.process_index))
+    order = torch.randperm(len(experience), generator=generator).to(experience.mask.device)
+    config = run.config
+    return order.split(config.per_device_train_batch_size * config.gradient_accumulation_steps)
+
+
+def counted_items(
+    run: Run, mask: torch.Tensor, loss_agg_mode: str, *, all_processes: bool = True
+) -> float:
+    """The denominator of a loss over `mask` (M, C): its tokens, or its sequences.
+
+    Of all processes, over the number of processes, because their gradients are averaged; or of
+    this process alone.
+    """
+    count = float((mask if loss_agg_mode == "token-mean" else mask.any(1)).sum())
+    if all_processes:
+        count = summed(run.accelerator, count) / run.accelerator.num_processes
+    return max(count, 1.0)
+
+
+def clip_ratios(part: Experience, result: rl.PolicyLoss) -> dict[str, torch.Tensor]:
+    """(B, C) indicators of the tokens whose gradient the clip holds at 0, by its side."""
+    rose = (
+        torch.zeros_like(result.clipped) if part.old_logp is None else result.logp > part.old_logp
+    )
+    return {
+        "clip_ratio/low_mean": result.clipped & ~rose,
+        "clip_ratio/high_mean": result.clipped & rose,
+        "clip_ratio/region_mean": result.clipped,
+    }

@@ -1,0 +1,102 @@
+"""The options of every trainer that samples completions and has them judged, and their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlcore.errors import UserError
+from rlcore.trainers.train_config import TrainConfig, check_train_config
+
+
+@dataclass(kw_only=True)
+class SamplingConfig(TrainConfig):
+    """Sampling."""
+
+    num_generations: int = 1  # completions a prompt
+    max_prompt_length: int | None = 512  # of longer prompts the last tokens stay; None: all
+    max_completion_length: int = 256  # new tokens at most
+    temperature: float = 1.0  # of sampling, and of the policy that is trained
+    top_p: float = 1.0  # sample from the likeliest tokens of this mass
+    top_k: int = 0  # sample from this many of the likeliest tokens; 0: all
+
+    # Reward
+
+    reward: list[str] = field(default_factory=list)  # built-in names or package.module:function
+    reward_weights: list[float] | None = None  # one a reward; None: 1 each
+    missing_eos_penalty: float | None = None  # taken off a completion that does not end
+    mask_truncated_completions: bool = False  # leave completions without an end out of the loss
+
+    # Reference
+
+    ref_model: str | None = None  # the reference; None: where the policy starts
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Optimizer steps that one pass over a generation batch takes."""
+        return 1
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps that a generation batch is cut into."""
+        return self.gradient_accumulation_steps * self.updates_per_pass
+
+    @property
+    def prompts_per_process(self) -> int:
+        """Prompts that each process samples completions of at a time."""
+        return self.per_device_train_batch_size * self.micro_steps // self.num_generations
+
+    @property
+    def wants_reference(self) -> bool:
+        """Some term of this run asks for the reference's opinion."""
+        return False
+
+
+def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str = "beta") -> None:
+    """Raise UserError for options out of their range or at odds with each other.
+
+    Args:
+        reward_count: rewards that the run has.
+        weight: the option that, where it is not 0, makes a reference wanted.
+    """
+    check_train_config(config)
+    check_positive(config, "temperature")
+    check_counts(config, "num_generations", "max_completion_length", "max_prompt_length")
+    if not 0 < config.top_p <= 1 or config.top_k < 0:
+        raise UserError(
+            f"top_p must be in (0, 1] and top_k 0 or positive, not {config.top_p}, {config.top_k}"
+        )
+    if config.missing_eos_penalty is not None and config.missing_eos_penalty < 0:
+        raise UserError(f"missing_eos_penalty must not be negative: {config.missing_eos_penalty}")
+    completions = config.per_device_train_batch_size * config.micro_steps
+    if completions % config.num_generations:
+        raise UserError(
+            f"a process samples per_device_train_batch_size x micro-steps = "
+            f"{config.per_device_train_batch_size} x {config.micro_steps} = {completions} "
+            f"completions at a time, which num_generations ({config.num_generations}) must divide"
+        )
+    if reward_count == 0:
+        raise UserError("no reward: give --reward NAME or --reward package.module:function")
+    if config.reward_weights is not None and len(config.reward_weights) != reward_count:
+        raise UserError(
+            f"reward_weights has {len(config.reward_weights)} entries for {reward_count} rewards"
+        )
+    if config.ref_model is not None and not config.wants_reference:
+        raise UserError(
+            f"ref_model is set, but with {weight} 0 no reference is used: set {weight} too"
+        )
+
+
+def check_positive(config: SamplingConfig, *names: str) -> None:
+    """Raise UserError unless each option called so is positive, or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name} must be positive, not {value}")
+
+
+def check_counts(config: SamplingConfig, *names: str) -> None:
+    """Raise UserError unless each option called so is at least 1, or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
