@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from rlcore.adapters import has_adapter
 from rlcore.atomic import MANIFEST_FILE, publish, staged, staging_path
 from rlcore.errors import UserError
 
@@ -184,6 +185,9 @@ def _save_configs(accelerator: Any, tokenizer: Any, staging: Path) -> None:
     """Configuration and tokenizer beside the weights make the checkpoint a model directory."""
     for model in accelerator._models:
         model = accelerator.unwrap_model(model)
+        # an adapter's own configuration names its model; another would hide that
+        if has_adapter(model):
+            continue
         for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
             if hasattr(config, "save_pretrained"):
                 config.save_pretrained(staging)

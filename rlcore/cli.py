@@ -49,6 +49,12 @@ COMMANDS = {
         "train_grpo",
         "reinforce what a reward function likes: rows of prompt, any other columns",
     ),
+    "merge": Command(
+        "rlcore.merge",
+        "MergeConfig",
+        "merge",
+        "add an adapter into the model it was trained on",
+    ),
     "demo": Command(
         "rlcore.demo",
         "DemoConfig",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rlcore.adapters import has_adapter, merge_adapter
 from rlcore.errors import UserError
 
 
@@ -42,12 +43,43 @@ def load_policy(
 ) -> Any:
     """A causal language model to train; `dropout=False` switches its dropout off for good.
 
+    An adapter's directory gives the model it was trained on, with the adapter merged into it.
+
     Raises:
         UserError: nothing loadable there.
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load(AutoModelForCausalLM, "model", name_or_path, dtype=dtype)
+    model = _load_model(AutoModelForCausalLM, name_or_path, dtype=dtype)
+    return _to_train(model, gradient_checkpointing, dropout)
+
+
+def load_classifier(
+    name_or_path: str,
+    dtype: torch.dtype | str = torch.float32,
+    gradient_checkpointing: bool = False,
+    dropout: bool = True,
+) -> Any:
+    """A model that gives a sequence one score, to train; otherwise like `load_policy`.
+
+    From a causal language model's directory the score's layer comes out random.
+
+    Raises:
+        UserError: nothing loadable there.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model = _load_model(AutoModelForSequenceClassification, name_or_path, dtype=dtype, num_labels=1)
+    return _to_train(model, gradient_checkpointing, dropout)
+
+
+def _load_model(auto_class: Any, name_or_path: str, **options: Any) -> Any:
+    """The model; of an adapter's directory the model it was trained on, with it merged in."""
+    model = _load(auto_class, "model", name_or_path, **options)
+    return merge_adapter(model) if has_adapter(model) else model
+
+
+def _to_train(model: Any, gradient_checkpointing: bool, dropout: bool) -> Any:
     if gradient_checkpointing:
         # transformers 5.2x renames it, 5.0 knows the old name only
         old = model.gradient_checkpointing_enable

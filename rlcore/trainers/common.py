@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from rlcore import checkpoint
+from rlcore.adapters import add_lora, checkpoint_adapters_alone
 from rlcore.config import save_config
 from rlcore.errors import TrainingDiverged
 from rlcore.heads import Head, LogitsHead, choose_head
@@ -98,6 +99,15 @@ def total_steps(config: TrainConfig, rows: int, rows_per_step: float) -> int:
 def start_run(config: TrainConfig, accelerator: Any, model: Any, tokenizer: Any, steps: int) -> Run:
     """Prepare model and optimizer, make the output directory, and resume where that was asked."""
     previous = checkpoint.last_checkpoint(config.output_dir) if config.resume else None
+    if config.peft is not None:
+        add_lora(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+        )
+        checkpoint_adapters_alone(accelerator)
     run = Run(config, accelerator, model, None, tokenizer, steps)
     run.head, run.head_note = choose_head(model, run.wants_fused_head)
     run.model, run.optimizer = accelerator.prepare(model, make_optimizer(model, config))

@@ -41,7 +41,7 @@ from rlcore.trainers.grpo_config import LOSS_TYPES, GRPOConfig, check_grpo_confi
 from rlcore.trainers.metrics import Clock, Log, Means
 from rlcore.trainers.policies import (
     Policy,
-    as_policy,
+    as_reference,
     clip_ratios,
     completion_logp,
     counted_items,
@@ -90,7 +90,7 @@ def train_grpo(
     run = start_run(
         config, accelerator, model, tokenizer, total_steps(config, len(rows), prompts / updates)
     )
-    reference = as_policy(run, reference)
+    reference = as_reference(run, reference)
     with tracking(run, tracker, "GRPO", DISPLAYED) as tracker:
         log, clock, step = Log(run, tracker), Clock(), run.first_step
         if held_out is not None and step == 0:

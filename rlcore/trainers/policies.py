@@ -6,6 +6,7 @@ micro-batches of completions of like length.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 import rlcore as rl
+from rlcore.adapters import adapter_off
 from rlcore.heads import Head, choose_head
 from rlcore.models import load_reference
 from rlcore.rollout import evaluating
@@ -27,17 +29,27 @@ class Policy:
 
     model: Any
     head: Head
+    adapter: bool = True  # False: with its adapter switched off
 
 
 def load_wanted_reference(config: SamplingConfig) -> Any | None:
-    """The frozen reference model; None where no term of the run asks for it."""
-    return load_reference(config.ref_model or config.model) if config.wants_reference else None
-
-
-def as_policy(run: Run, model: Any | None) -> Policy | None:
-    """A frozen model on this run's device, with its head; None stays None."""
-    if model is None:
+    """The frozen reference model; None where no term of the run asks for one of its own."""
+    if not config.wants_reference or _reference_is_policy(config):
         return None
+    return load_reference(config.ref_model or config.model)
+
+
+def _reference_is_policy(config: SamplingConfig) -> bool:
+    """With its adapter off the policy is where it started from."""
+    return config.peft is not None and config.ref_model is None
+
+
+def as_reference(run: Run, model: Any | None) -> Policy | None:
+    """What `load_wanted_reference` gave, on this run's device; None where none is wanted."""
+    if not run.config.wants_reference:
+        return None
+    if model is None:
+        return Policy(run.model, run.head, adapter=False)
     head, _ = choose_head(model, run.wants_fused_head)
     return Policy(run.accelerator.prepare_model(model, evaluation_mode=True), head)
 
@@ -47,7 +59,8 @@ def completion_logp(run: Run, policy: Policy, experience: Experience) -> torch.T
     """(N, C) log-probabilities of the completions; 0 where no loss will ask for them."""
     logp = torch.zeros(experience.mask.shape, device=experience.mask.device)
     everything = torch.arange(len(experience), device=logp.device)
-    with evaluating(policy.model):
+    switched = contextlib.nullcontext() if policy.adapter else adapter_off(policy.model)
+    with evaluating(policy.model), switched:
         for rows in micro_batches(run, experience, everything):
             part = experience.take(rows).trimmed()
             with run.accelerator.autocast():

@@ -65,6 +65,11 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
         raise UserError(
             f"top_p must be in (0, 1] and top_k 0 or positive, not {config.top_p}, {config.top_k}"
         )
+    if config.peft is not None and config.lora_dropout:
+        raise UserError(
+            "lora_dropout must be 0 here: a policy's ratio to its older self means nothing where "
+            "each pass draws another network"
+        )
     if config.missing_eos_penalty is not None and config.missing_eos_penalty < 0:
         raise UserError(f"missing_eos_penalty must not be negative: {config.missing_eos_penalty}")
     completions = config.per_device_train_batch_size * config.micro_steps

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rlcore.adapters import ALL_LINEAR, is_adapter, require_peft
 from rlcore.checkpoint import check_output_dir
 from rlcore.errors import UserError, unknown_name
 from rlcore.tracking import check_report_to
 from rlcore.trainers.schedules import check_schedule
 
 FUSED_HEAD = ("on", "off")
+ADAPTERS = ("lora",)
 
 
 @dataclass(kw_only=True)
@@ -41,6 +43,15 @@ class TrainConfig:
     bf16: bool = False  # compute in bfloat16, weights stay float32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     fused_head: str = "on"  # losses straight from the head's input, without logits: on, off
+
+    # Adapter
+
+    peft: str | None = None  # lora: train an adapter beside the frozen weights
+    lora_r: int = 16  # the adapter's rank
+    lora_alpha: float = 32.0  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.0  # dropout before the adapter
+    # endings of the names of the layers to adapt; all-linear: all but the output head
+    lora_target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
 
     # Logging and saving
 
@@ -74,4 +85,28 @@ def check_train_config(config: TrainConfig) -> None:
     if config.save_total_limit is not None and config.save_total_limit < 1:
         raise UserError(f"save_total_limit must be at least 1, not {config.save_total_limit}")
     check_schedule(config)
+    _check_adapter(config)
     check_output_dir(config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume)
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    if config.peft is None:
+        return
+    if config.peft not in ADAPTERS:
+        raise unknown_name("peft", config.peft, ADAPTERS)
+    if config.lora_r < 1 or not config.lora_alpha > 0:
+        raise UserError(
+            f"lora_r must be at least 1 and lora_alpha positive, not {config.lora_r} and "
+            f"{config.lora_alpha}"
+        )
+    if not 0 <= config.lora_dropout < 1:
+        raise UserError(f"lora_dropout must be in [0, 1), not {config.lora_dropout}")
+    if not config.lora_target_modules:
+        raise UserError("lora_target_modules is empty: name layers, or all-linear")
+    require_peft()
+    if is_adapter(config.model):
+        # the new adapter would name as its model one that lies nowhere
+        raise UserError(
+            f"model {config.model!r} is an adapter, and peft would put another on it: make it a "
+            "whole model first with `rlcore merge`"
+        )
