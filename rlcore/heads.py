@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 import rlcore as rl
+from rlcore.errors import UserError
 from rlcore.models import completion_logits, completion_outputs
+from rlcore.packing import pack, packed_outputs
 
 
 class Completions(Protocol):
@@ -41,12 +43,15 @@ class _Probe:
     mask: torch.Tensor
 
 
+@dataclass(frozen=True)
 class LogitsHead:
     """Losses from the model's own logits."""
 
+    padding_free: bool = False  # the rows go through the model behind each other
+
     def token_logprob(self, model: Any, batch: Completions, **options: Any) -> rl.TokenLogprob:
         """`rl.token_logprob` of the completions."""
-        logits = completion_logits(model, *_place(batch))
+        logits = self._logits(model, batch)
         return rl.token_logprob(logits, batch.target, mask=batch.mask, **options)
 
     def policy_loss(
@@ -54,8 +59,15 @@ class LogitsHead:
     ) -> rl.PolicyLoss:
         """`rl.policy_loss` of the completions, whose logits take the gradient."""
         options = {"mask": batch.mask, "inplace_backward": model.training} | options
-        logits = completion_logits(model, *_place(batch))
+        logits = self._logits(model, batch)
         return rl.policy_loss(logits, batch.target, advantage, **options)
+
+    def _logits(self, model: Any, batch: Completions) -> torch.Tensor:
+        """(B, C, V)"""
+        if not self.padding_free:
+            return completion_logits(model, *_place(batch))
+        packed = pack(*_place(batch))
+        return packed.unpack(packed_outputs(model, packed).logits)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class FusedHead:
     layer: torch.nn.Linear
     softcap: float | None = None
     logit_scale: float = 1.0
+    padding_free: bool = False  # the rows go through the model behind each other
 
     def token_logprob(self, model: Any, batch: Completions, **options: Any) -> rl.TokenLogprob:
         """`rl.linear_token_logprob` of the completions."""
@@ -91,6 +104,10 @@ class FusedHead:
     def _hidden(self, model: Any, batch: Completions) -> torch.Tensor:
         """(B, C, H): what the head would have turned into the completions' logits."""
         with _stopped_at(self.layer) as seen:
+            if self.padding_free:
+                packed = pack(*_place(batch))
+                packed_outputs(model, packed)
+                return packed.unpack(seen[-1])
             completion_outputs(model, *_place(batch))
         return seen[-1][:, -batch.target.shape[1] :]
 
@@ -131,7 +148,7 @@ def choose_head(policy: Any, fused: bool) -> tuple[Head, str | None]:
     if type(layer) is not torch.nn.Linear:
         return LogitsHead(), f"its head is a {type(layer).__name__}, not a plain linear layer"
     head = FusedHead(layer, *_logit_options(policy))
-    if not _agrees(head, policy):
+    if not _agree(head, LogitsHead(), policy):
         return LogitsHead(), f"{type(policy).__name__} does more to its logits than is known here"
     return head, None
 
@@ -144,19 +161,37 @@ def _logit_options(policy: Any) -> tuple[float | None, float]:
     return softcap, float(scale / (getattr(config, "logits_scaling", None) or 1.0))
 
 
+def without_padding(head: Head, policy: Any) -> Head:
+    """The same head for padding-free passes.
+
+    Raises:
+        UserError: the unwrapped `policy` lets sequences in one row see each other.
+    """
+    packed = replace(head, padding_free=True)
+    if not _agree(packed, head, policy):
+        raise UserError(
+            f"padding_free: {type(policy).__name__} lets the sequences of one row see each other, "
+            "so leave padding_free off"
+        )
+    return packed
+
+
 @torch.no_grad()
-def _agrees(head: FusedHead, policy: Any) -> bool:
-    """Whether both heads give the same log-probabilities of eight tokens."""
-    device = head.layer.weight.device
+def _agree(head: Head, other: Head, policy: Any) -> bool:
+    """Whether both heads give the same log-probabilities of a few tokens in two rows."""
+    weight = policy.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(head.layer.weight.shape[0], (2, 5), generator=generator).to(device)
-    target = ids[:, 1:]
-    batch = _Probe(ids, torch.ones_like(ids), target, torch.ones_like(target).bool())
+    ids = torch.randint(len(weight), (2, 7), generator=generator).to(weight.device)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, 0] = attention_mask[1, -1] = 0
+    target, mask = ids[:, 2:], attention_mask[:, 2:].bool()
+    batch = _Probe(ids, attention_mask, target, mask)
     was_training = policy.training
     policy.eval()
-    fused = head.token_logprob(policy, batch, entropy=False).logp
-    plain = LogitsHead().token_logprob(policy, batch, entropy=False).logp
+    first, second = (
+        each.token_logprob(policy, batch, entropy=False).logp for each in (head, other)
+    )
     policy.train(was_training)
     # logits in half precision are rounded, a forgotten scale or cap is far from that
-    tolerance = 1e-3 if head.layer.weight.dtype == torch.float32 else 0.02
-    return bool((fused - plain).abs().max() <= tolerance * (1 + plain.abs().max()))
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.02
+    return bool((first - second).abs().max() <= tolerance * (1 + second.abs().max()))
