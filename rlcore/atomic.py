@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST_FILE = "manifest.json"
-_MAKES_WHOLE = (MANIFEST_FILE, "config.json")
+_MAKES_WHOLE = (MANIFEST_FILE, "config.json", "adapter_config.json")
 
 
 def staging_path(directory: Path, tag: str | int = "") -> Path:

@@ -86,7 +86,7 @@ def train_grpo(
     )
     reference = load_wanted_reference(config)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
-    updates = config.num_iterations * config.updates_per_pass  # optimizer steps that it serves
+    updates = config.updates_per_batch  # optimizer steps that it serves
     run = start_run(
         config, accelerator, model, tokenizer, total_steps(config, len(rows), prompts / updates)
     )

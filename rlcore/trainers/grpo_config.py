@@ -69,6 +69,11 @@ class GRPOConfig(SamplingConfig):
         return self.micro_steps // self.gradient_accumulation_steps
 
     @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps that a generation batch serves."""
+        return self.num_iterations * self.updates_per_pass
+
+    @property
     def wants_reference(self) -> bool:
         # without a KL term nothing asks for the reference's opinion
         return self.beta != 0

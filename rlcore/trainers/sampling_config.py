@@ -36,14 +36,24 @@ class SamplingConfig(TrainConfig):
         return 1
 
     @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps that a generation batch serves."""
+        return self.updates_per_pass
+
+    @property
     def micro_steps(self) -> int:
         """Micro-steps that a generation batch is cut into."""
         return self.gradient_accumulation_steps * self.updates_per_pass
 
     @property
+    def completions_per_process(self) -> int:
+        """Completions that each process samples at a time."""
+        return self.per_device_train_batch_size * self.micro_steps
+
+    @property
     def prompts_per_process(self) -> int:
         """Prompts that each process samples completions of at a time."""
-        return self.per_device_train_batch_size * self.micro_steps // self.num_generations
+        return self.completions_per_process // self.num_generations
 
     @property
     def wants_reference(self) -> bool:
@@ -72,7 +82,7 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
         )
     if config.missing_eos_penalty is not None and config.missing_eos_penalty < 0:
         raise UserError(f"missing_eos_penalty must not be negative: {config.missing_eos_penalty}")
-    completions = config.per_device_train_batch_size * config.micro_steps
+    completions = config.completions_per_process
     if completions % config.num_generations:
         raise UserError(
             f"a process samples per_device_train_batch_size x micro-steps = "
