@@ -1,7 +1,8 @@
 """Rows of data from a file or the hub, checked where they are read.
 
 A row is TRL's: {"prompt", ...} for a policy to complete, {"prompt", "completion"}, {"text"} or
-{"messages"} to imitate; prompts and completions are text or chat messages.
+{"messages"} to imitate, {"prompt", "chosen", "rejected"} to prefer; prompts and completions are
+text or chat messages.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from rlcore.errors import UserError
 
 FILE_FORMATS = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SFT_COLUMNS = (("prompt", "completion"), ("text",), ("messages",))
+# without a prompt of their own, what chosen and rejected begin with alike is the prompt
+PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 
 def load_rows(

@@ -6,7 +6,7 @@ generates; prompts are padded on the left, completions on the right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,20 +106,34 @@ def encode_examples(tokenizer: Any, rows: Any, max_length: int | None = None) ->
     """
     columns = set(rows.column_names)
     group = next(group for group in SFT_COLUMNS if set(group) <= columns)
-    pairs = [_as_pair(tokenizer, row) for row in rows.select_columns(list(group))]
+    rows = rows.select_columns(list(group))
+    encoded = encode_completions(tokenizer, rows, max_length, has_prompt=len(group) == 2)
+    examples = [example for example in encoded if example is not None]
+    if not examples:
+        raise UserError("no row of the dataset has a completion within max_length tokens")
+    return examples
+
+
+def encode_completions(
+    tokenizer: Any, rows: Iterable[dict], max_length: int | None, *, has_prompt: bool = True
+) -> list[Example | None]:
+    """Rows of {"prompt", "completion"}, or without a prompt, tokenized; None without a completion.
+
+    The first `max_length` tokens stay; a completion of text ends with eos, one of messages as the
+    chat template ends it.
+    """
+    pairs = [_as_pair(tokenizer, row) for row in rows]
     prompts, completions, special = (list(column) for column in zip(*pairs, strict=True))
     prompt_ids = _encode_mixed(tokenizer, prompts, special)
     completion_ids = _encode_mixed(tokenizer, completions, [False] * len(pairs))
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    examples = []
+    examples: list[Example | None] = []
     for prompt, completion, plain in zip(prompt_ids, completion_ids, special, strict=True):
         ids = (prompt + completion + (eos if plain else []))[:max_length]
         # Without a prompt the first token plays its part: nothing comes before it to predict it.
-        length = len(prompt) if len(group) == 2 else 1
-        if 0 < length < len(ids):
-            examples.append(Example(ids[:length], ids[length:]))
-    if not examples:
-        raise UserError("no row of the dataset has a completion within max_length tokens")
+        length = len(prompt) if has_prompt else 1
+        fits = 0 < length < len(ids)
+        examples.append(Example(ids[:length], ids[length:]) if fits else None)
     return examples
 
 
