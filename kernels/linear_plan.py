@@ -36,6 +36,7 @@ class LinearPlan:
             and gradient-free rows are left out of the products, so a call may do fewer).
         passes: how often a token's logits are made.
         peak_bytes: memory above the inputs and the gradients that are returned.
+        most_tokens: tokens whose logits the budget allows at one time.
     """
 
     strategy: str
@@ -46,6 +47,7 @@ class LinearPlan:
     operations: int
     passes: int
     peak_bytes: int
+    most_tokens: int
 
     @property
     def num_chunks(self) -> int:
@@ -113,7 +115,7 @@ def make_plan(
     return LinearPlan(
         strategy, tokens, hidden_size, vocabulary, chunk_tokens,
         operations * tokens * hidden_size * vocabulary,
-        2 if strategy == "recompute" else 1, peak,
+        2 if strategy == "recompute" else 1, peak, most,
     )  # fmt: skip
 
 

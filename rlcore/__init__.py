@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .kernels.fisher import fisher_vector_product
     from .kernels.linear_head import linear_policy_loss, linear_token_logprob, plan_linear
     from .kernels.linear_plan import LinearPlan
+    from .kernels.linear_preference import linear_preference_loss
     from .kernels.policy_loss import PolicyLoss, policy_loss
+    from .kernels.preference_loss import PreferenceLoss, kto_loss, preference_loss
     from .kernels.scan import (
         GAE,
         GAEFromScores,
@@ -41,6 +43,7 @@ _HOMES = {
     "LineSearch": "trust_region",
     "LinearPlan": "kernels.linear_plan",
     "PolicyLoss": "kernels.policy_loss",
+    "PreferenceLoss": "kernels.preference_loss",
     "TokenLogprob": "kernels.token_logprob",
     "categorical_kl": "kernels.categorical",
     "clip_cov_weight": "corrections",
@@ -52,14 +55,17 @@ _HOMES = {
     "group_advantage": "advantages",
     "importance_weights": "corrections",
     "kl_cov_mask": "corrections",
+    "kto_loss": "kernels.preference_loss",
     "leave_one_out_advantage": "advantages",
     "line_search": "trust_region",
     "linear_policy_loss": "kernels.linear_head",
+    "linear_preference_loss": "kernels.linear_preference",
     "linear_token_logprob": "kernels.linear_head",
     "pairwise_reward_loss": "losses",
     "plan_linear": "kernels.linear_head",
     "policy_loss": "kernels.policy_loss",
     "ppo_kl_coef": "controllers",
+    "preference_loss": "kernels.preference_loss",
     "proportional_kl_coef": "controllers",
     "register_surrogate": "kernels.surrogate_registration",
     "shaped_reward": "kernels.scan",

@@ -49,6 +49,12 @@ COMMANDS = {
         "train_grpo",
         "reinforce what a reward function likes: rows of prompt, any other columns",
     ),
+    "train dpo": Command(
+        "rlcore.trainers.dpo",
+        "DPOConfig",
+        "train_dpo",
+        "prefer the better of two answers: rows of prompt, chosen, rejected",
+    ),
     "merge": Command(
         "rlcore.merge",
         "MergeConfig",

@@ -16,6 +16,7 @@ import torch
 
 import rlcore as rl
 from rlcore.errors import UserError
+from rlcore.kernels.preference_answers import composed_preference_loss
 from rlcore.models import completion_logits, completion_outputs
 from rlcore.packing import pack, packed_outputs
 
@@ -62,6 +63,19 @@ class LogitsHead:
         logits = self._logits(model, batch)
         return rl.policy_loss(logits, batch.target, advantage, **options)
 
+    def preference_loss(
+        self, model: Any, batch: Completions, ref_logp: torch.Tensor | None, **options: Any
+    ) -> rl.PreferenceLoss:
+        """`rl.linear_preference_loss` of rows [chosen; rejected], on the model's own logits."""
+        logits = self._logits(model, batch)
+
+        def ask(temperature: float) -> rl.TokenLogprob:
+            return rl.token_logprob(
+                logits, batch.target, mask=batch.mask, temperature=temperature, entropy=False
+            )
+
+        return composed_preference_loss(ask, batch.mask, ref_logp, **options)
+
     def _logits(self, model: Any, batch: Completions) -> torch.Tensor:
         """(B, C, V)"""
         if not self.padding_free:
@@ -93,6 +107,16 @@ class FusedHead:
         options = {"mask": batch.mask} | self._options() | options
         hidden = self._hidden(model, batch)
         return rl.linear_policy_loss(hidden, self.layer.weight, batch.target, advantage, **options)
+
+    def preference_loss(
+        self, model: Any, batch: Completions, ref_logp: torch.Tensor | None, **options: Any
+    ) -> rl.PreferenceLoss:
+        """`rl.linear_preference_loss` of rows [chosen; rejected]."""
+        hidden = self._hidden(model, batch)
+        return rl.linear_preference_loss(
+            hidden, self.layer.weight, batch.target, batch.mask, ref_logp,
+            **self._options(), **options,
+        )  # fmt: skip
 
     def _options(self) -> dict[str, Any]:
         return {

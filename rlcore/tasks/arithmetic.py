@@ -14,7 +14,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rlcore.tasks.tiny_model import train_tokenizer, write_model
 
 if TYPE_CHECKING:
+    from rlcore.trainers.dpo import DPOConfig
     from rlcore.trainers.grpo import GRPOConfig
     from rlcore.trainers.sft import SFTConfig
 
@@ -126,6 +127,67 @@ def make_task(
         _write_jsonl(path, [{name: row[name] for name in columns} for row in problems])
     write_model(paths.model, make_tokenizer(), seed)
     return paths
+
+
+@dataclass(frozen=True)
+class PairPaths:
+    """Where `make_pairs` wrote preference pairs: two JSONL files."""
+
+    train: Path
+    test: Path  # of held-out problems
+
+
+def make_pairs(
+    paths: TaskPaths,
+    model: str | Path,
+    directory: str | Path,
+    seed: int = 0,
+    *,
+    prompts: int = 640,
+    num_generations: int = 8,
+) -> PairPaths:
+    """Preference pairs of what the model in `model` samples, right answers before wrong ones.
+
+    Args:
+        prompts: training problems; of the held-out ones a quarter as many.
+        num_generations: completions a problem; each right one meets a wrong one of the problem's.
+    """
+    from rlcore.models import load_reference, load_tokenizer
+
+    policy, tokenizer = load_reference(str(model)), load_tokenizer(str(model))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    written = PairPaths(directory / "train.jsonl", directory / "test.jsonl")
+    for number, (source, out, count) in enumerate(
+        ((paths.train, written.train, prompts), (paths.test, written.test, prompts // 4))
+    ):
+        lines = source.read_text(encoding="utf-8").splitlines()[:count]
+        rows = [json.loads(line) for line in lines]
+        _write_jsonl(out, _pairs(policy, tokenizer, rows, num_generations, 2 * seed + number))
+    return written
+
+
+def _pairs(
+    policy: Any, tokenizer: Any, rows: list[dict[str, str]], num_generations: int, seed: int
+) -> Iterator[dict[str, str]]:
+    from rlcore.rollout import generate
+
+    for start in range(0, len(rows), 64):
+        batch = rows[start : start + 64]
+        sampled = generate(
+            policy,
+            tokenizer,
+            [row["prompt"] for row in batch],
+            num_generations=num_generations,
+            max_new_tokens=MAX_COMPLETION_LENGTH,
+            seed=1_000_003 * seed + start,
+        ).completions
+        for place, row in enumerate(batch):
+            own = sampled[place * num_generations : (place + 1) * num_generations]
+            right = [text for text in own if stated_answer(text) == row["answer"]]
+            wrong = [text for text in own if stated_answer(text) != row["answer"]]
+            for chosen, rejected in zip(right, wrong, strict=False):
+                yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
@@ -249,4 +311,27 @@ def grpo_config(
         temperature=1.0,
         max_prompt_length=MAX_PROMPT_LENGTH,
         max_completion_length=MAX_COMPLETION_LENGTH,
+    )
+
+
+def dpo_config(
+    pairs: PairPaths, model: str | Path, output_dir: str | Path, seed: int = 0
+) -> DPOConfig:
+    """What the demo's DPO runs with: one epoch of what the warm start in `model` sampled."""
+    from rlcore.trainers.dpo import DPOConfig
+
+    return DPOConfig(
+        model=str(model),
+        dataset=str(pairs.train),
+        output_dir=str(output_dir),
+        eval_dataset=str(pairs.test),
+        seed=seed,
+        per_device_train_batch_size=32,
+        num_train_epochs=1.0,
+        learning_rate=2e-4,
+        lr_scheduler_type="linear",
+        lr_min_ratio=0.1,
+        beta=0.1,
+        precompute_ref_log_probs=True,
+        max_length=MAX_PROMPT_LENGTH + MAX_COMPLETION_LENGTH,
     )

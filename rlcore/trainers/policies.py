@@ -7,7 +7,7 @@ micro-batches of completions of like length.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,13 @@ class Policy:
     model: Any
     head: Head
     adapter: bool = True  # False: with its adapter switched off
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """The model in evaluation mode and in the state that this policy is, for a while."""
+        switched = contextlib.nullcontext() if self.adapter else adapter_off(self.model)
+        with evaluating(self.model), switched:
+            yield
 
 
 def load_wanted_reference(config: SamplingConfig) -> Any | None:
@@ -59,8 +66,7 @@ def completion_logp(run: Run, policy: Policy, experience: Experience) -> torch.T
     """(N, C) log-probabilities of the completions; 0 where no loss will ask for them."""
     logp = torch.zeros(experience.mask.shape, device=experience.mask.device)
     everything = torch.arange(len(experience), device=logp.device)
-    switched = contextlib.nullcontext() if policy.adapter else adapter_off(policy.model)
-    with evaluating(policy.model), switched:
+    with policy.asked():
         for rows in micro_batches(run, experience, everything):
             part = experience.take(rows).trimmed()
             with run.accelerator.autocast():

@@ -1,0 +1,283 @@
+"""Direct preference optimization (DPO: Rafailov et al. 2023, arXiv:2305.18290) and its relatives.
+
+    loss = - mean over pairs of log sigmoid(beta * (h_chosen - h_rejected))
+    h    = log pi(answer | prompt) - log pi_ref(answer | prompt)
+
+The pairs come from a file, or with `online` from the policy itself: the best and the worst of a
+prompt's completions, as the rewards have it.
+
+Left out: images, and a reference that follows the policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import rlcore as rl
+from rlcore.data import load_rows
+from rlcore.encoding import Batch
+from rlcore.heads import without_padding
+from rlcore.models import load_policy, load_tokenizer
+from rlcore.pairs import Pair, collate_pairs, load_pairs
+from rlcore.rewards import RewardFunction
+from rlcore.rollout import evaluating
+from rlcore.trainers.common import (
+    Result,
+    Run,
+    batch_indices,
+    finish_run,
+    make_accelerator,
+    mix_seed,
+    optimizer_step,
+    save_if_due,
+    split,
+    start_run,
+    summed,
+    total_steps,
+    tracking,
+    wants_evaluation,
+)
+from rlcore.trainers.dpo_config import DPOConfig, check_dpo_config
+from rlcore.trainers.metrics import Clock, Log, Means
+from rlcore.trainers.policies import Policy, as_reference, load_wanted_reference
+from rlcore.trainers.sampling import Judge, collect, evaluate, make_judge
+
+__all__ = ["DPOConfig", "train_dpo"]
+
+DISPLAYED = ("loss", "rewards/accuracies", "rewards/margins", "tokens_per_second")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairBatch:
+    """Rows [chosen; rejected] of B pairs, and what the reference thinks of them."""
+
+    rows: Batch
+    ref_logp: torch.Tensor | None = None  # (2B,) sums; None: not asked yet, or not wanted
+    counts: bool = True  # False: no pair at all; the rows keep the processes in step
+    indices: Sequence[int] = ()  # which pairs of a file they are
+
+    def __len__(self) -> int:
+        return len(self.rows.mask) // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PairData:
+    """Pairs of a file, tokenized."""
+
+    pairs: Sequence[Pair]
+    ref_logp: torch.Tensor | None = None  # (M, 2) of chosen and rejected, where precomputed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+def train_dpo(
+    config: DPOConfig,
+    *,
+    reward_funcs: Sequence[RewardFunction] | None = None,
+    tracker: Any | None = None,
+) -> Result:
+    """Train `config.model` to prefer chosen to rejected: rows of {"prompt", "chosen", "rejected"}.
+
+    Args:
+        reward_funcs: with `online`, functions besides those that `config.reward` names; the rows
+            are then {"prompt", ...}.
+        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+
+    Returns:
+        A Result; the model lies in `config.output_dir`.
+
+    Raises:
+        UserError: options or data that do not work. TrainingDiverged: a loss or gradient that is
+        not finite.
+    """
+    judge = make_judge(config.reward, reward_funcs or (), config.reward_weights)
+    check_dpo_config(config, len(judge.functions))
+    accelerator = make_accelerator(config)
+    tokenizer = load_tokenizer(config.model)
+    data, held_out = _load_data(config, tokenizer)
+    model = load_policy(
+        config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
+    )
+    reference = load_wanted_reference(config)
+    rows = config.pairs_per_process * accelerator.num_processes  # of an optimizer step
+    run = start_run(config, accelerator, model, tokenizer, total_steps(config, len(data), rows))
+    if config.padding_free:
+        run.head = without_padding(run.head, run.policy)
+    reference = as_reference(run, reference)
+    if config.precompute_ref_log_probs:
+        data, held_out = (_with_reference(run, each, reference) for each in (data, held_out))
+        reference = None
+    with tracking(run, tracker, "DPO", DISPLAYED) as tracker:
+        log, clock = Log(run, tracker), Clock()
+        if held_out is not None and run.first_step == 0:
+            log.write(0, _evaluate(run, held_out, judge, reference))
+            clock.skip()
+        for step in range(run.first_step + 1, run.total_steps + 1):
+            chosen = batch_indices(len(data), rows, step - 1, config.seed)
+            if config.online:
+                batches, metrics = _sampled_batches(run, data[chosen], judge, step)
+            else:
+                batches, metrics = _batches(run, data, chosen), {}
+            tokens = sum(int(batch.rows.attention_mask.sum()) for batch in batches)
+            metrics |= _update(run, step, batches, reference)
+            tokens = summed(accelerator, float(tokens))
+            run.num_tokens += 0 if config.online else tokens
+            metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
+            metrics["epoch"] = step * rows / len(data)
+            if held_out is not None and wants_evaluation(run, step):
+                metrics |= _evaluate(run, held_out, judge, reference)
+            log.add(step, metrics)
+            save_if_due(run, step)
+            clock.skip()
+        return finish_run(run, log)
+
+
+def _load_data(config: DPOConfig, tokenizer: Any) -> tuple[Any, Any | None]:
+    """Training and held-out data: pairs, or with `online` rows with prompts."""
+
+    def load(path: str) -> Any:
+        if config.online:
+            return load_rows(path)
+        return PairData(load_pairs(tokenizer, path, config.max_length))
+
+    held_out = None if config.eval_dataset is None else load(config.eval_dataset)
+    return load(config.dataset), held_out
+
+
+def _batches(run: Run, data: PairData, chosen: Sequence[int]) -> list[PairBatch]:
+    """This process's share of the pairs `chosen`, in micro-batches of like length."""
+    accelerator, pairs = run.accelerator, data.pairs
+    ordered = sorted(chosen, key=lambda index: len(pairs[index]), reverse=True)
+    mine = ordered[accelerator.process_index :: accelerator.num_processes]
+    batches = []
+    for piece in split(mine, run.config.per_device_train_batch_size):
+        rows = collate_pairs([pairs[index] for index in piece], run.tokenizer.pad_token_id)
+        known = None if data.ref_logp is None else data.ref_logp[list(piece)].T.flatten()
+        batches.append(PairBatch(rows.to(accelerator.device), known, indices=piece))
+    return batches
+
+
+def _sampled_batches(
+    run: Run, prompts: Any, judge: Judge, step: int
+) -> tuple[list[PairBatch], dict[str, float]]:
+    """The best and the worst completion of each prompt of this process, and the metrics."""
+    config = run.config
+    sampled = collect(run, prompts, judge, mix_seed(config.seed, step))
+    scores = sampled.mine(sampled.all_scores).view(-1, config.num_generations)
+    high, best = scores.nan_to_num(-torch.inf).max(1)
+    low, worst = scores.nan_to_num(torch.inf).min(1)
+    first = torch.arange(len(scores), device=scores.device) * config.num_generations
+    # completions that nobody tells apart, or nobody judged, make no pair
+    chosen, rejected = ((first + place)[high > low] for place in (best, worst))
+    metrics = sampled.metrics | {"frac_pairs": (high > low).float().mean().item()}
+    counts = len(chosen) > 0
+    if not counts:
+        # every process must take part in the backward pass
+        chosen = rejected = first[:1]
+    size = config.per_device_train_batch_size
+    batches = []
+    for pieces in zip(chosen.split(size), rejected.split(size), strict=True):
+        part = sampled.experience.take(torch.cat(pieces)).trimmed()
+        batches.append(
+            PairBatch(Batch(part.input_ids, part.attention_mask, part.mask), None, counts)
+        )
+    return batches, metrics
+
+
+def _update(
+    run: Run, step: int, batches: Sequence[PairBatch], reference: Policy | None
+) -> dict[str, float]:
+    """One optimizer step on the mean loss over the pairs of all processes."""
+    means = Means()
+    pairs = sum(len(batch) for batch in batches if batch.counts)
+    num_pairs = max(summed(run.accelerator, float(pairs)) / run.accelerator.num_processes, 1.0)
+
+    def loss_of(batch: PairBatch) -> torch.Tensor:
+        result = _loss(run, batch, reference)
+        if not batch.counts:
+            return 0.0 * result.loss
+        _add_metrics(means, result)
+        return result.loss * (len(batch) / num_pairs)
+
+    return optimizer_step(run, step, batches, loss_of) | means.reduce(run.accelerator)
+
+
+def _loss(run: Run, batch: PairBatch, reference: Policy | None) -> rl.PreferenceLoss:
+    """The mean loss of the batch's pairs."""
+    config = run.config
+    ref_logp = batch.ref_logp
+    if ref_logp is None and reference is not None:
+        ref_logp = _reference_logp(run, batch.rows, reference)
+    with run.accelerator.autocast():
+        return run.head.preference_loss(
+            run.model,
+            batch.rows,
+            ref_logp,
+            loss_type=config.loss_type,
+            loss_weights=config.loss_weights,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            f_divergence_type=config.f_divergence_type,
+            f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+            discopop_tau=config.discopop_tau,
+            simpo_gamma=config.simpo_gamma,
+            cpo_alpha=config.cpo_alpha,
+            use_weighting=config.use_weighting,
+            ld_alpha=config.ld_alpha,
+            temperature=config.temperature,
+        )
+
+
+@torch.no_grad()
+def _reference_logp(run: Run, rows: Batch, reference: Policy) -> torch.Tensor:
+    """(2B,) summed log-probabilities of the answers under the reference."""
+    with reference.asked(), run.accelerator.autocast():
+        logp = reference.head.token_logprob(
+            reference.model, rows, temperature=run.config.temperature, entropy=False
+        ).logp
+    return logp.sum(1)
+
+
+def _with_reference(run: Run, data: PairData | None, reference: Policy) -> PairData | None:
+    """The pairs with what the reference thinks of every answer, on every process."""
+    if data is None:
+        return None
+    logp = torch.zeros(len(data), 2, device=run.accelerator.device)
+    for batch in _batches(run, data, range(len(data))):
+        logp[list(batch.indices)] = _reference_logp(run, batch.rows, reference).view(2, -1).T
+    return dataclasses.replace(data, ref_logp=run.accelerator.reduce(logp, "sum"))
+
+
+@torch.no_grad()
+def _evaluate(run: Run, held_out: Any, judge: Judge, reference: Policy | None) -> dict[str, float]:
+    """Loss and rewards on held-out pairs; with `online` the rewards of greedy completions."""
+    if run.config.online:
+        return evaluate(run, held_out, judge)
+    means = Means()
+    with evaluating(run.model):
+        for batch in _batches(run, held_out, range(len(held_out))):
+            result = _loss(run, batch, reference)
+            _add_metrics(means, result)
+            everything = torch.ones(len(batch), dtype=torch.bool, device=result.loss.device)
+            means.add(everything, loss=result.loss.expand(len(batch)))
+    return {f"eval/{name}": value for name, value in means.reduce(run.accelerator).items()}
+
+
+def _add_metrics(means: Means, result: rl.PreferenceLoss) -> None:
+    """TRL's metrics of pairs."""
+    chosen, rejected = result.chosen_reward, result.rejected_reward
+    everything = torch.ones_like(chosen, dtype=torch.bool)
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": result.chosen_logp,
+        "logps/rejected": result.rejected_logp,
+    }
+    means.add(everything, **values)
