@@ -81,10 +81,12 @@ def leave_one_out_advantage(reward: torch.Tensor, num_generations: int) -> torch
     arXiv:2402.14740, eq. 8).
 
     Args:
-        reward: (B,), the G = `num_generations` completions of a prompt next to each other.
+        reward: (B,), the G = `num_generations` completions of a prompt next to each other; NaN
+            stands for a completion that nobody judged.
 
     Returns:
-        (B,) float32 (float64 for float64 rewards).
+        (B,) float32 (float64 for float64 rewards). A NaN counts in no mean and gets 0, and so does
+        the only reward of its group.
 
     Raises:
         ValueError: `reward` is not (B,) with B a multiple of G, or G = 1: nobody is left then.
@@ -92,8 +94,10 @@ def leave_one_out_advantage(reward: torch.Tensor, num_generations: int) -> torch
     if num_generations == 1:
         raise ValueError("leave-one-out needs num_generations >= 2: one reward leaves no others")
     groups = _groups(reward, num_generations)
-    others = (groups.sum(1, keepdim=True) - groups) / (num_generations - 1)
-    return (groups - others).reshape(-1)
+    present = ~groups.isnan()
+    count = present.sum(1, keepdim=True)
+    others = (groups.nansum(1, keepdim=True) - groups) / (count - 1).clamp(min=1)
+    return torch.where(present & (count > 1), groups - others, 0.0).reshape(-1)
 
 
 def whiten(

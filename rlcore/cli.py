@@ -55,6 +55,24 @@ COMMANDS = {
         "train_dpo",
         "prefer the better of two answers: rows of prompt, chosen, rejected",
     ),
+    "train reward_model": Command(
+        "rlcore.trainers.reward_model",
+        "RewardModelConfig",
+        "train_reward_model",
+        "learn from preferences what is better: rows of prompt, chosen, rejected",
+    ),
+    "train pg": Command(
+        "rlcore.trainers.pg",
+        "PGConfig",
+        "train_pg",
+        "policy gradient: REINFORCE, RLOO, REINFORCE++; rows of prompt, any other columns",
+    ),
+    "train ppo": Command(
+        "rlcore.trainers.ppo",
+        "PPOConfig",
+        "train_ppo",
+        "PPO with a value model, clipped or with a KL penalty; rows of prompt, any other columns",
+    ),
     "merge": Command(
         "rlcore.merge",
         "MergeConfig",

@@ -168,6 +168,8 @@ def choose_head(policy: Any, fused: bool) -> tuple[Head, str | None]:
     if not fused:
         return LogitsHead(), None
     layer = policy.get_output_embeddings()
+    if layer is None:  # a classifier
+        return LogitsHead(), None
     # an adapter or a quantised layer is no plain Linear, and its weight is not the whole truth
     if type(layer) is not torch.nn.Linear:
         return LogitsHead(), f"its head is a {type(layer).__name__}, not a plain linear layer"

@@ -2,13 +2,15 @@
 
 A reward function is `f(prompts, completions, **columns) -> list[float | None]`: the batch's prompts
 and completions (messages for chat prompts, as in TRL) and the data's other columns, one entry a
-completion. None says that it has no opinion on a completion.
+completion; and `completion_ids`, the sampled tokens, where it takes them. None says that it has no
+opinion on a completion.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -170,6 +172,8 @@ def compute_rewards(
     prompts: Sequence[str | list[dict]],
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
+    *,
+    completion_ids: Sequence[list[int]] | None = None,
 ) -> Rewards:
     """Run every reward function on N completions and add the rewards up by `weights`.
 
@@ -178,6 +182,7 @@ def compute_rewards(
         prompts, completions: N each, texts; for chat prompts the functions get the completion as
             one assistant message, as in TRL.
         columns: the data's other columns, N entries each.
+        completion_ids: the tokens of each completion, for the functions that take them.
 
     Raises:
         UserError: a function raised, gave another count than N, or something other than finite
@@ -191,11 +196,25 @@ def compute_rewards(
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, completions, strict=True)
     ]
-    scores = [_call(function, list(prompts), shown, columns) for function in functions]
+    scores = []
+    for function in functions:
+        given = dict(columns)
+        if completion_ids is not None and _takes_tokens(function):
+            given["completion_ids"] = completion_ids
+        scores.append(_call(function, list(prompts), shown, given))
     per_function = torch.tensor(scores, dtype=torch.float32).T  # (N, F)
     weighted = per_function * torch.tensor(weights, dtype=torch.float32)
     total = torch.where(per_function.isnan().all(1), torch.nan, weighted.nansum(1))
     return Rewards(total, per_function)
+
+
+def _takes_tokens(function: RewardFunction) -> bool:
+    """Whether it has a parameter for them, or takes whatever comes."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.name == "completion_ids" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _call(

@@ -203,9 +203,10 @@ def test_a_second_pass_is_clipped_where_the_ratio_went_too_far(tmp_path):
     assert metrics["clip_ratio/region_mean"] == pytest.approx(low + high)
 
 
-def test_metrics_of_a_generation_batch_by_hand():
+def test_metrics_of_a_generation_batch_by_hand(tmp_path):
     nan = float("nan")
-    judge = make_judge(["exact_match"], [lambda prompts, completions: []], None)
+    config = make.config(tmp_path, reward=["exact_match"])
+    judge = make_judge(config, [lambda prompts, completions: []])
     scores = torch.tensor([[1.0, 1.0], [0.0, nan], [nan, nan], [2.0, 2.0]])
     everyone = {
         "total": torch.tensor([1.0, 0.0, nan, 2.0]),
@@ -233,6 +234,6 @@ def test_metrics_of_a_generation_batch_by_hand():
     assert metrics == pytest.approx(expected)
 
 
-def test_functions_of_one_name_get_a_number_each():
-    judge = make_judge(["exact_match"], [make_judge, make_judge], None)
+def test_functions_of_one_name_get_a_number_each(tmp_path):
+    judge = make_judge(make.config(tmp_path, reward=["exact_match"]), [make_judge, make_judge])
     assert judge.names == ("exact_match", "make_judge_0", "make_judge_1")

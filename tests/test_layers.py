@@ -22,6 +22,7 @@ LAYERS = {
     "rlcore.integrations": 2,
     "rlcore.tasks": 3,
     "rlcore.demo": 4,
+    "rlcore.survey": 4,
     "rlcore.cli": 4,
     "rlcore.__main__": 4,
 }

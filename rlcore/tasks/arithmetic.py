@@ -10,6 +10,7 @@ time, at every seed, and reinforcement has something real to find: finish the wo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -24,6 +25,9 @@ from rlcore.tasks.tiny_model import train_tokenizer, write_model
 if TYPE_CHECKING:
     from rlcore.trainers.dpo import DPOConfig
     from rlcore.trainers.grpo import GRPOConfig
+    from rlcore.trainers.pg import PGConfig
+    from rlcore.trainers.ppo import PPOConfig
+    from rlcore.trainers.reward_model import RewardModelConfig
     from rlcore.trainers.sft import SFTConfig
 
 NAMES = ("Ben", "Ana", "Tom", "Eva", "Max", "Lea", "Sam", "Ida")
@@ -311,6 +315,104 @@ def grpo_config(
         temperature=1.0,
         max_prompt_length=MAX_PROMPT_LENGTH,
         max_completion_length=MAX_COMPLETION_LENGTH,
+    )
+
+
+def pg_config(
+    paths: TaskPaths, model: str | Path, output_dir: str | Path, seed: int = 0
+) -> PGConfig:
+    """The policy gradient with a leave-one-out baseline, from the warm start in `model`."""
+    from rlcore.trainers.pg import PGConfig
+
+    return PGConfig(
+        model=str(model),
+        dataset=str(paths.train),
+        output_dir=str(output_dir),
+        eval_dataset=str(paths.test),
+        eval_steps=2,
+        reward=["arithmetic"],
+        seed=seed,
+        per_device_train_batch_size=512,
+        num_generations=8,
+        baseline="leave_one_out",
+        max_steps=10,
+        learning_rate=3e-4,
+        lr_min_ratio=0.1,
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+    )
+
+
+def ppo_config(
+    paths: TaskPaths,
+    model: str | Path,
+    output_dir: str | Path,
+    seed: int = 0,
+    kl_mode: str = "clip",
+) -> PPOConfig:
+    """PPO of either kind, from the warm start in `model`."""
+    from rlcore.trainers.ppo import PPOConfig
+
+    return PPOConfig(
+        model=str(model),
+        dataset=str(paths.train),
+        output_dir=str(output_dir),
+        eval_dataset=str(paths.test),
+        eval_steps=2,
+        reward=["arithmetic"],
+        seed=seed,
+        per_device_train_batch_size=512,
+        num_generations=8,
+        kl_mode=kl_mode,
+        num_ppo_epochs=4,
+        max_steps=10,
+        learning_rate=3e-4,
+        lr_min_ratio=0.1,
+        value_learning_rate=1e-3,
+        value_warmup_steps=1,
+        cliprange_value=None,
+        kl_coef=0.0,
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+    )
+
+
+def reward_model_config(
+    pairs: PairPaths, model: str | Path, output_dir: str | Path, seed: int = 0
+) -> RewardModelConfig:
+    """What the demo's reward model learns with, from the warm start in `model`."""
+    from rlcore.trainers.reward_model import RewardModelConfig
+
+    return RewardModelConfig(
+        model=str(model),
+        dataset=str(pairs.train),
+        output_dir=str(output_dir),
+        eval_dataset=str(pairs.test),
+        seed=seed,
+        per_device_train_batch_size=32,
+        num_train_epochs=1.0,
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        lr_min_ratio=0.1,
+        max_length=MAX_PROMPT_LENGTH + MAX_COMPLETION_LENGTH,
+    )
+
+
+def grpo_reward_model_config(
+    paths: TaskPaths,
+    model: str | Path,
+    reward_model: str | Path,
+    output_dir: str | Path,
+    seed: int = 0,
+) -> GRPOConfig:
+    """`grpo_config` with the reward model as judge, held close to the reference by a KL term."""
+    return dataclasses.replace(
+        grpo_config(paths, model, output_dir, seed),
+        reward=[],
+        reward_model=str(reward_model),
+        learning_rate=1e-4,
+        beta=0.1,
+        scale_rewards="batch",
     )
 
 

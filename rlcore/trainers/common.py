@@ -24,7 +24,7 @@ from rlcore.errors import TrainingDiverged
 from rlcore.heads import Head, LogitsHead, choose_head
 from rlcore.models import no_progress_bars
 from rlcore.tracking import Tracker
-from rlcore.trainers.metrics import Log
+from rlcore.trainers.metrics import Log, Moments
 from rlcore.trainers.schedules import learning_rate_scale
 from rlcore.trainers.train_config import TrainConfig
 
@@ -53,6 +53,7 @@ class Run:
     total_steps: int
     first_step: int = 0  # optimizer steps that were done before this run
     num_tokens: float = 0.0  # seen so far, by all processes
+    reward_moments: Moments = field(default_factory=Moments)  # of all rewards so far
     head: Head = field(default_factory=LogitsHead)  # how losses are had from the model
     head_note: str | None = None  # why it is not the fused one that was asked for
 
@@ -96,8 +97,18 @@ def total_steps(config: TrainConfig, rows: int, rows_per_step: float) -> int:
     return max(1, math.ceil(config.num_train_epochs * rows / rows_per_step))
 
 
-def start_run(config: TrainConfig, accelerator: Any, model: Any, tokenizer: Any, steps: int) -> Run:
-    """Prepare model and optimizer, make the output directory, and resume where that was asked."""
+def start_run(
+    config: TrainConfig,
+    accelerator: Any,
+    model: Any,
+    tokenizer: Any,
+    steps: int,
+    beside: Callable[[Run], None] | None = None,
+) -> Run:
+    """Prepare model and optimizer, make the output directory, and resume where that was asked.
+
+    `beside` prepares what else the run trains and its checkpoints are to hold.
+    """
     previous = checkpoint.last_checkpoint(config.output_dir) if config.resume else None
     if config.peft is not None:
         add_lora(
@@ -111,6 +122,8 @@ def start_run(config: TrainConfig, accelerator: Any, model: Any, tokenizer: Any,
     run = Run(config, accelerator, model, None, tokenizer, steps)
     run.head, run.head_note = choose_head(model, run.wants_fused_head)
     run.model, run.optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    if beside is not None:
+        beside(run)
     # Every process has looked at the output directory by now; from here on it is no longer empty.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -122,6 +135,7 @@ def start_run(config: TrainConfig, accelerator: Any, model: Any, tokenizer: Any,
     if previous is not None:
         state = checkpoint.load_checkpoint(accelerator, previous)
         run.first_step, run.num_tokens = state["step"], state["num_tokens"]
+        run.reward_moments = Moments(**state["reward_moments"])
     return run
 
 
@@ -210,9 +224,7 @@ def optimizer_step(
         TrainingDiverged: the loss or the gradient's norm is not finite; nothing was changed then.
     """
     config, accelerator = run.config, run.accelerator
-    rate = config.learning_rate * learning_rate_scale(config, step, run.total_steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    rate = set_learning_rate(run, step)
     run.optimizer.zero_grad()
     losses = []
     for number, batch in enumerate(batches, start=1):
@@ -229,6 +241,15 @@ def optimizer_step(
             raise TrainingDiverged(step, name, value, last)
     run.optimizer.step()
     return {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+
+
+def set_learning_rate(run: Run, step: int) -> float:
+    """Give the optimizer the rate that its schedule has for `step`; returns it."""
+    config = run.config
+    rate = config.learning_rate * learning_rate_scale(config, step, run.total_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def _clip(accelerator: Any, model: Any, limit: float) -> torch.Tensor:
@@ -252,7 +273,10 @@ def save_if_due(run: Run, step: int, unit: int = 1) -> None:
         run.config.output_dir,
         step,
         tokenizer=run.tokenizer,
-        state={"num_tokens": run.num_tokens},
+        state={
+            "num_tokens": run.num_tokens,
+            "reward_moments": dataclasses.asdict(run.reward_moments),
+        },
         keep=run.config.save_total_limit,
     )
 

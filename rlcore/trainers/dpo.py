@@ -95,10 +95,11 @@ def train_dpo(
         UserError: options or data that do not work. TrainingDiverged: a loss or gradient that is
         not finite.
     """
-    judge = make_judge(config.reward, reward_funcs or (), config.reward_weights)
+    judge = make_judge(config, reward_funcs)
     check_dpo_config(config, len(judge.functions))
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model)
+    judge.prepare(tokenizer, accelerator.device)
     data, held_out = _load_data(config, tokenizer)
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False

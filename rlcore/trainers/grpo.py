@@ -75,10 +75,11 @@ def train_grpo(
         UserError: options, data or reward functions that do not work. TrainingDiverged: a loss or
         gradient that is not finite.
     """
-    judge = make_judge(config.reward, reward_funcs or (), config.reward_weights)
+    judge = make_judge(config, reward_funcs)
     check_grpo_config(config, len(judge.functions))
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model)
+    judge.prepare(tokenizer, accelerator.device)
     rows = load_rows(config.dataset)
     held_out = None if config.eval_dataset is None else load_rows(config.eval_dataset)
     model = load_policy(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +39,32 @@ class Means:
             name: total / max(count, 1.0)
             for name, (total, count) in zip(names, totals.tolist(), strict=True)
         }
+
+
+@dataclass
+class Moments:
+    """Mean and variance of everything that was added so far (Welford 1962)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # summed squared distances from the mean
+
+    def add(self, values: torch.Tensor) -> None:
+        """Take in finite values, of any shape."""
+        if not values.numel():
+            return
+        values = values.double()
+        count, mean = values.numel(), values.mean().item()
+        distance, total = mean - self.mean, self.count + count
+        self.squares += (values - mean).square().sum().item()
+        self.squares += distance**2 * self.count * count / total
+        self.mean += distance * count / total
+        self.count = total
+
+    def normalized(self, values: torch.Tensor) -> torch.Tensor:
+        """(values - mean) / std, in their dtype; 0 where everything so far was equal."""
+        std = math.sqrt(self.squares / max(self.count - 1, 1))
+        return (values - self.mean) / (std + 1e-8)
 
 
 class Log:

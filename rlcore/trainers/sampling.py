@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from rlcore.reward_model import RewardModel
 from rlcore.rewards import RewardFunction, Rewards, compute_rewards, load_reward, reward_name
 from rlcore.rollout import Rollout, generate
 from rlcore.trainers.common import Run, mix_seed, split
 from rlcore.trainers.experience import Experience, from_rollout
+from rlcore.trainers.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -22,19 +24,36 @@ class Judge:
     names: tuple[str, ...]
     weights: tuple[float, ...] | None
 
-    def __call__(self, columns: Mapping[str, Sequence], completions: Sequence[str]) -> Rewards:
+    def __call__(self, columns: Mapping[str, Sequence], rollout: Rollout) -> Rewards:
         """The rewards of N completions; `columns` has the data's, N entries each."""
         others = {name: values for name, values in columns.items() if name != "prompt"}
-        return compute_rewards(self.functions, self.weights, columns["prompt"], completions, others)
+        return compute_rewards(
+            self.functions,
+            self.weights,
+            columns["prompt"],
+            rollout.completions,
+            others,
+            completion_ids=_unpadded(rollout),
+        )
+
+    def prepare(self, tokenizer: Any, device: torch.device) -> None:
+        """Load the reward models among the functions, for a policy with that tokenizer."""
+        for function in self.functions:
+            if isinstance(function, RewardModel):
+                function.prepare(tokenizer, device)
 
 
-def make_judge(
-    names: Iterable[str],
-    functions: Iterable[RewardFunction],
-    weights: Iterable[float] | None,
-) -> Judge:
-    """The rewards called `names` and the `functions` besides; like names get a number each."""
-    functions = (*map(load_reward, names), *functions)
+def _unpadded(rollout: Rollout) -> list[list[int]]:
+    """Each completion's tokens, up to and with eos."""
+    pairs = zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)
+    return [ids[mask].tolist() for ids, mask in pairs]
+
+
+def make_judge(config: SamplingConfig, functions: Iterable[RewardFunction] | None = None) -> Judge:
+    """The config's rewards, and the `functions` besides; like names get a number each."""
+    models = () if config.reward_model is None else (RewardModel(config.reward_model),)
+    functions = (*map(load_reward, config.reward), *(functions or ()), *models)
+    weights = config.reward_weights
     own = [reward_name(function) for function in functions]
     unique = tuple(
         name if own.count(name) == 1 else f"{name}_{own[:index].count(name)}"
@@ -83,11 +102,15 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
         seed=mix_seed(seed, rank),
         full_length=run.is_sharded,
     )
-    rewards = judge(_repeated(mine, config.num_generations), rollout.completions)
+    rewards = judge(_repeated(mine, config.num_generations), rollout)
     everyone = _gathered(accelerator, rollout, rewards)
     metrics = _metrics(everyone, judge, config.num_generations)
     run.num_tokens += metrics["tokens"]
-    scores = everyone["total"] - (config.missing_eos_penalty or 0.0) * everyone["truncated"].float()
+    scores = everyone["total"]
+    if config.normalize_rewards:
+        run.reward_moments.add(scores[~scores.isnan()])
+        scores = run.reward_moments.normalized(scores)
+    scores = scores - (config.missing_eos_penalty or 0.0) * everyone["truncated"].float()
     experience = from_rollout(rollout, mask_truncated_completions=config.mask_truncated_completions)
     return Sampled(experience, rollout.truncated, scores, rank, metrics)
 
@@ -166,7 +189,7 @@ def evaluate(run: Run, rows: Any, judge: Judge) -> dict[str, float]:
             greedy=True,
             full_length=run.is_sharded,
         )
-        rewards = judge(columns, rollout.completions)
+        rewards = judge(columns, rollout)
         length = rollout.completion_mask.sum(1).float().cpu()
         values = torch.stack([rewards.total, length, *rewards.per_function.T])  # (2 + F, N)
         sums += torch.stack([values.double().nansum(1), (~values.isnan()).sum(1)], dim=1)

@@ -22,7 +22,9 @@ class SamplingConfig(TrainConfig):
     # Reward
 
     reward: list[str] = field(default_factory=list)  # built-in names or package.module:function
-    reward_weights: list[float] | None = None  # one a reward; None: 1 each
+    reward_model: str | None = None  # a trained reward model; may stand beside other rewards
+    reward_weights: list[float] | None = None  # one a reward, the model's last; None: 1 each
+    normalize_rewards: bool = False  # by the mean and std of all rewards of the run so far
     missing_eos_penalty: float | None = None  # taken off a completion that does not end
     mask_truncated_completions: bool = False  # leave completions without an end out of the loss
 
@@ -90,7 +92,9 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
             f"completions at a time, which num_generations ({config.num_generations}) must divide"
         )
     if reward_count == 0:
-        raise UserError("no reward: give --reward NAME or --reward package.module:function")
+        raise UserError(
+            "no reward: give --reward NAME, --reward package.module:function or --reward-model DIR"
+        )
     if config.reward_weights is not None and len(config.reward_weights) != reward_count:
         raise UserError(
             f"reward_weights has {len(config.reward_weights)} entries for {reward_count} rewards"

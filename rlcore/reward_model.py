@@ -1,0 +1,123 @@
+"""Reward models: a sequence classifier's one score of prompt and completion, at the last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlcore.adapters import NEW_HEAD
+from rlcore.encoding import Example, collate, encode_prompts
+from rlcore.errors import UserError
+from rlcore.models import forward_options, load_classifier, load_tokenizer, position_ids
+
+BATCH = 64
+
+
+def check_scores(classifier: Any, name: str) -> None:
+    """Raise UserError where the model has no layer that gives one score."""
+    head = getattr(classifier, NEW_HEAD, None)
+    if head is None or getattr(head, "out_features", 1) != 1:
+        raise UserError(
+            f"{name!r} is a {type(classifier).__name__}, which gives no single score: choose a "
+            "sequence classifier with one label, as `rlcore train reward_model` makes"
+        )
+
+
+def sequence_scores(
+    model: Any, classifier: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """(B,) float32 scores at each row's last attended token.
+
+    transformers would look for the last token that is no padding, and pass over an eos that doubles
+    as padding.
+
+    Args:
+        model: the classifier as prepared, perhaps wrapped; `classifier`: the same without wrappers.
+        input_ids, attention_mask: (B, T), padding on either side.
+    """
+    head = getattr(classifier, NEW_HEAD)
+    seen: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
+    if "position_ids" in forward_options(model):
+        arguments["position_ids"] = position_ids(attention_mask)
+    try:
+        model(input_ids, **arguments)
+    finally:
+        hook.remove()
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (columns * attention_mask.bool()).argmax(1)
+    hidden = seen[-1][torch.arange(len(last), device=last.device), last]
+    # scores are told apart by little, which autocast would round away
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.float()).squeeze(-1).float()
+
+
+class RewardModel:
+    """A reward function that asks a trained reward model.
+
+    Args:
+        path: its directory or hub name.
+    """
+
+    __name__ = "reward_model"
+
+    def __init__(self, path: str):
+        self.path = path
+        self.model = self.tokenizer = None
+
+    def prepare(self, tokenizer: Any, device: torch.device) -> None:
+        """Load it for a policy that reads and writes with `tokenizer`.
+
+        Raises:
+            UserError: nothing loadable there, a model without a score, another tokenizer.
+        """
+        own = load_tokenizer(self.path)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"reward_model {self.path!r} has another tokenizer than the policy ("
+                f"{len(own)} tokens, not {len(tokenizer)}), whose tokens it is to judge: train "
+                "one from the policy's family"
+            )
+        model = load_classifier(self.path, dropout=False)
+        check_scores(model, self.path)
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[str | list[dict]],
+        completions: Sequence[Any],
+        completion_ids: Sequence[list[int]] | None = None,
+        **_: Any,
+    ) -> list[float]:
+        """The score of each prompt with its completion.
+
+        `completion_ids` are the tokens as sampled, with eos where it came; without them each text
+        is taken to have ended.
+        """
+        if self.model is None:
+            raise UserError(f"reward_model {self.path!r} is not loaded: call prepare first")
+        if completion_ids is None:
+            completion_ids = self._encode(completions)
+        pairs = zip(encode_prompts(self.tokenizer, prompts), completion_ids, strict=True)
+        rows = [Example(list(prompt), list(ids)) for prompt, ids in pairs]
+        scores = torch.zeros(len(rows))
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        device = next(self.model.parameters()).device
+        for start in range(0, len(order), BATCH):
+            places = order[start : start + BATCH]
+            batch = collate([rows[place] for place in places], self.tokenizer.pad_token_id)
+            batch = batch.to(device)
+            scores[places] = sequence_scores(
+                self.model, self.model, batch.input_ids, batch.attention_mask
+            ).cpu()
+        return scores.tolist()
+
+    def _encode(self, completions: Sequence[Any]) -> list[list[int]]:
+        texts = [c if isinstance(c, str) else "".join(m["content"] for m in c) for c in completions]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [[*row, self.tokenizer.eos_token_id] for row in ids]

@@ -1,0 +1,224 @@
+"""Proximal policy optimization (PPO: Schulman et al. 2017, arXiv:1707.06347) of a language model.
+
+    r_t  = -kl_coef KL_t(policy || reference), and the score on the last token
+    A    = GAE of r and V, whitened;  returns = A + V before that
+    loss = - mean over tokens of min(ratio * A, clip(ratio, 1 - cliprange, 1 + cliprange) * A)
+           or of ratio * A - penalty_coef * KL(old || new)
+    value loss = 0.5 max((V - returns)^2, (clip(V, V_old -+ cliprange_value) - returns)^2)
+
+The rewards are those of Ziegler et al. 2019 (arXiv:1909.08593) and Ouyang et al. 2022
+(arXiv:2203.02155). Left out: a policy and a value model that share one optimizer, as the value
+model wants a higher learning rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import rlcore as rl
+from rlcore.controllers import ppo_kl_coef, proportional_kl_coef
+from rlcore.data import load_rows
+from rlcore.models import load_policy, load_tokenizer
+from rlcore.rewards import RewardFunction
+from rlcore.trainers.common import (
+    Result,
+    Run,
+    batch_indices,
+    finish_run,
+    make_accelerator,
+    mix_seed,
+    save_if_due,
+    start_run,
+    summed,
+    total_steps,
+    tracking,
+    wants_evaluation,
+)
+from rlcore.trainers.credit import (
+    Coefficients,
+    judged_only,
+    objective_metrics,
+    token_reward,
+    whitened,
+)
+from rlcore.trainers.experience import Experience
+from rlcore.trainers.metrics import Clock, Log, Means
+from rlcore.trainers.policies import (
+    Policy,
+    as_reference,
+    completion_logp,
+    load_wanted_reference,
+    shuffled_rows,
+)
+from rlcore.trainers.ppo_config import PPOConfig, check_ppo_config
+from rlcore.trainers.ppo_update import update, warm_up
+from rlcore.trainers.sampling import Sampled, collect, evaluate, make_judge
+from rlcore.trainers.values import Critic, explained_variance, load_critic, predict_values
+
+__all__ = ["PPOConfig", "train_ppo"]
+
+DISPLAYED = ("reward", "objective/kl", "entropy", "value/explained_variance", "tokens_per_second")
+
+
+def train_ppo(
+    config: PPOConfig,
+    *,
+    reward_funcs: Sequence[RewardFunction] | None = None,
+    tracker: Any | None = None,
+) -> Result:
+    """Train `config.model` on rows of {"prompt", ...} to please the reward functions.
+
+    Args:
+        reward_funcs: functions besides those that `config.reward` names.
+        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+
+    Returns:
+        A Result; the model lies in `config.output_dir`, the value model below it.
+
+    Raises:
+        UserError: options, data, models or reward functions that do not work. TrainingDiverged: a
+        loss or gradient that is not finite.
+    """
+    judge = make_judge(config, reward_funcs)
+    check_ppo_config(config, len(judge.functions))
+    accelerator = make_accelerator(config)
+    tokenizer = load_tokenizer(config.model)
+    judge.prepare(tokenizer, accelerator.device)
+    rows = load_rows(config.dataset)
+    held_out = None if config.eval_dataset is None else load_rows(config.eval_dataset)
+    model = load_policy(
+        config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
+    )
+    critic = load_critic(config, model, tokenizer)
+    reference = load_wanted_reference(config)
+    coefficients = Coefficients(kl_coef=config.kl_coef, penalty_coef=config.penalty_coef)
+    accelerator.register_for_checkpointing(coefficients)
+    prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
+    steps = total_steps(config, len(rows), prompts)
+    run = start_run(config, accelerator, model, tokenizer, steps, critic.prepare)
+    reference = as_reference(run, reference)
+    with tracking(run, tracker, "PPO", DISPLAYED) as tracker:
+        log, clock = Log(run, tracker), Clock()
+        if held_out is not None and run.first_step == 0:
+            log.write(0, evaluate(run, held_out, judge))
+            clock.skip()
+        for step in range(run.first_step + 1, run.total_steps + 1):
+            chosen = rows[batch_indices(len(rows), prompts, step - 1, config.seed)]
+            seed = mix_seed(config.seed, step - 1)
+            sampled = collect(run, chosen, judge, seed)
+            experience, objective = _experience(run, critic, reference, sampled, coefficients)
+            trained = _train(run, critic, step, experience, seed, coefficients)
+            _adapt(run, step, experience, objective, coefficients)
+            tokens = sampled.metrics.pop("tokens")
+            metrics = sampled.metrics | objective | trained | clock.lap(tokens)
+            metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
+            if held_out is not None and wants_evaluation(run, step):
+                metrics |= evaluate(run, held_out, judge)
+            log.add(step, metrics)
+            clock.skip()
+            save_if_due(run, step)
+        critic.save(config.output_dir)
+        return finish_run(run, log)
+
+
+def _experience(
+    run: Run,
+    critic: Critic,
+    reference: Policy | None,
+    sampled: Sampled,
+    coefficients: Coefficients,
+) -> tuple[Experience, dict[str, float]]:
+    """What was sampled with all that the losses need to know of it, and its metrics."""
+    config = run.config
+    experience, score = judged_only(sampled)
+    value, last_value = predict_values(run, critic, experience)
+    experience = dataclasses.replace(
+        experience,
+        old_logp=completion_logp(run, Policy(run.model, run.head), experience),
+        ref_logp=None if reference is None else completion_logp(run, reference, experience),
+        value=value,
+    )
+    going_on = sampled.truncated.to(score.device) & config.bootstrap_truncated
+    score = torch.where(going_on, -(config.missing_eos_penalty or 0.0), score)
+    reward = token_reward(experience, score, coefficients["kl_coef"], config.kl_estimator)
+    metrics = objective_metrics(run, experience, score, reward)
+    if config.whiten_rewards:
+        reward = whitened(run, reward, experience.mask, shift_mean=False)
+    advantage, returns = rl.gae(
+        reward,
+        value,
+        gamma=config.gamma,
+        lam=config.lam,
+        mask=experience.mask,
+        last_value=torch.where(going_on, last_value, 0.0),
+    )
+    if config.whiten_advantages:
+        advantage = whitened(run, advantage, experience.mask)
+    experience = dataclasses.replace(experience, advantage=advantage, returns=returns)
+    metrics["value/explained_variance"] = explained_variance(run, experience)
+    metrics["val/num_eos_tokens"] = summed(run.accelerator, float((~sampled.truncated).sum()))
+    return experience, metrics | {"objective/kl_coef": coefficients["kl_coef"]}
+
+
+def _train(
+    run: Run,
+    critic: Critic,
+    step: int,
+    experience: Experience,
+    seed: int,
+    coefficients: Coefficients,
+) -> dict[str, float]:
+    """All updates on a generation batch: their metrics on average, and how many they were."""
+    config = run.config
+    taken = []
+    for number in range(config.num_ppo_epochs):
+        for rows in shuffled_rows(run, experience, mix_seed(seed, number)):
+            if step <= config.value_warmup_steps:
+                taken.append(warm_up(run, critic, step, experience, rows))
+                continue
+            penalty_coef = coefficients["penalty_coef"]
+            taken.append(update(run, critic, step, experience, rows, penalty_coef))
+            if config.target_kl is not None and taken[-1]["policy/approxkl_avg"] > config.target_kl:
+                return _averaged(taken)
+    return _averaged(taken)
+
+
+def _averaged(taken: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the updates that were taken, and their number."""
+    metrics = {name: sum(own[name] for own in taken) / len(taken) for name in taken[0]}
+    ratios = torch.tensor([own["val/ratio"] for own in taken if "val/ratio" in own])
+    metrics["policy/updates"] = len(ratios)
+    if len(ratios):
+        metrics["val/ratio_var"] = ratios.var(correction=0).item()
+    return metrics
+
+
+def _adapt(
+    run: Run,
+    step: int,
+    experience: Experience,
+    metrics: dict[str, float],
+    coefficients: Coefficients,
+) -> None:
+    """The coefficients for the next batch, from how far the policy is and how far it went."""
+    config = run.config
+    if config.kl_target is not None:
+        coefficients["kl_coef"] = proportional_kl_coef(
+            coefficients["kl_coef"],
+            metrics["objective/kl"],
+            target=config.kl_target,
+            gain=config.kl_gain,
+        )
+    if config.kl_mode == "penalty" and step > config.value_warmup_steps:
+        logp = completion_logp(run, Policy(run.model, run.head), experience)
+        means = Means()
+        means.add(experience.mask, kl=rl.token_kl(experience.old_logp, logp))
+        kl = means.reduce(run.accelerator)["kl"]
+        metrics |= {"policy/kl": kl, "policy/penalty_coef": coefficients["penalty_coef"]}
+        coefficients["penalty_coef"] = ppo_kl_coef(
+            coefficients["penalty_coef"], kl, target=config.penalty_target
+        )

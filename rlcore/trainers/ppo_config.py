@@ -1,0 +1,107 @@
+"""The options of PPO, their checks, and the table of what holds the policy near its older self."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlcore.errors import UserError, unknown_name
+from rlcore.trainers.sampling_config import check_counts, check_positive, check_sampling_config
+from rlcore.trainers.values_config import (
+    ValueConfig,
+    check_fractions,
+    check_unused,
+    check_value_config,
+)
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+@dataclass(frozen=True)
+class KLMode:
+    """How a policy's distance from the one that sampled is held small."""
+
+    surrogate: str  # of rl.policy_loss
+    options: tuple[str, ...]  # those that no other mode has a use for
+
+
+KL_MODES = {
+    "clip": KLMode("ppo_clip", ("cliprange",)),
+    "penalty": KLMode("ppo_penalty", ("penalty_coef", "penalty_target")),
+}
+
+
+@dataclass(kw_only=True)
+class PPOConfig(ValueConfig):
+    """PPO.
+
+    A step is a generation batch: num_ppo_epochs x num_mini_batches optimizer steps.
+    """
+
+    num_ppo_epochs: int = 4  # times that a generation batch is gone through
+    num_mini_batches: int = 1  # optimizer steps that one pass over it takes
+    kl_mode: str = "clip"  # what holds the policy near the one that sampled: clip or penalty
+    cliprange: float = 0.2  # clip: the ratio is clipped to 1 - cliprange, 1 + cliprange
+    penalty_coef: float = 1.0  # penalty: weight of KL(old || new) at first, then it adapts
+    penalty_target: float = 0.01  # penalty: the KL a token, in nats, that it adapts to
+    target_kl: float | None = None  # end a batch's updates beyond this KL(old || new); None: never
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+
+    # Reward of a token
+
+    kl_coef: float = 0.05  # weight of the KL to the reference; 0: no reference is loaded
+    kl_estimator: str = "k1"  # k1, k2 or k3
+    kl_target: float | None = None  # KL a completion that kl_coef adapts to; None: it is fixed
+    kl_gain: float = 0.1  # how fast kl_coef adapts
+    whiten_rewards: bool = False  # scale the tokens' rewards to unit variance
+
+    # Advantage and value
+
+    lam: float = 0.95  # of GAE
+    whiten_advantages: bool = True  # to zero mean and unit variance
+    cliprange_value: float | None = 0.2  # a value moves this far in a batch at most; None: anywhere
+    value_warmup_steps: int = 0  # first steps, on which the value model alone learns
+    # a completion cut short is not over: the value after it stands there instead of its score
+    bootstrap_truncated: bool = False
+
+    @property
+    def updates_per_pass(self) -> int:
+        return self.num_mini_batches
+
+    @property
+    def wants_reference(self) -> bool:
+        return self.kl_coef != 0
+
+
+def check_ppo_config(config: PPOConfig, reward_count: int) -> None:
+    """Raise UserError for options out of their range or at odds with each other."""
+    if config.kl_mode not in KL_MODES:
+        raise unknown_name("kl_mode", config.kl_mode, KL_MODES)
+    if config.kl_estimator not in KL_ESTIMATORS:
+        raise unknown_name("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
+    check_counts(config, "num_ppo_epochs", "num_mini_batches")
+    check_positive(config, "cliprange", "cliprange_value", "penalty_coef", "penalty_target")
+    check_positive(config, "target_kl", "kl_target", "kl_gain")
+    check_fractions(config, "lam")
+    for name in ("kl_coef", "entropy_coef", "value_warmup_steps"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} must not be negative, it is {getattr(config, name)}")
+    for name, mode in KL_MODES.items():
+        if name != config.kl_mode:
+            check_unused(config, f"it goes with kl_mode {name!r}", *mode.options)
+    _check_reference_options(config)
+    if config.value_warmup_steps and config.value_backbone == "shared":
+        raise UserError(
+            "value_warmup_steps needs value_backbone own: on a shared one the policy would move too"
+        )
+    check_sampling_config(config, reward_count, weight="kl_coef")
+    check_value_config(config)
+
+
+def _check_reference_options(config: PPOConfig) -> None:
+    if config.kl_coef == 0:
+        check_unused(config, "kl_coef is 0", "kl_estimator", "kl_target", "kl_gain")
+    if config.kl_target is None:
+        check_unused(config, "without a kl_target kl_coef is fixed", "kl_gain")
+    elif config.kl_gain >= 5:
+        # the relative error counts for 0.2 at most
+        raise UserError(f"kl_gain must be below 5, not {config.kl_gain}")

@@ -1,0 +1,164 @@
+"""Reward models: learn from preferences which answer is better.
+
+    loss = - mean over pairs of log sigmoid(r_chosen - r_rejected - margin)
+           + center_rewards_coefficient * (r_chosen + r_rejected)^2
+
+The Bradley-Terry likelihood of the pairs (Ouyang et al. 2022, arXiv:2203.02155), with margin and
+centring on request. r is a linear score of the last token's hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import rlcore as rl
+from rlcore.errors import UserError
+from rlcore.models import load_classifier, load_tokenizer
+from rlcore.pairs import Pair, collate_pairs, load_pairs, margins
+from rlcore.reward_model import check_scores, sequence_scores
+from rlcore.rollout import evaluating
+from rlcore.trainers.common import (
+    Result,
+    Run,
+    batch_indices,
+    finish_run,
+    make_accelerator,
+    optimizer_step,
+    save_if_due,
+    split,
+    start_run,
+    total_steps,
+    tracking,
+    wants_evaluation,
+)
+from rlcore.trainers.metrics import Clock, Log, Means
+from rlcore.trainers.train_config import TrainConfig, check_train_config
+
+__all__ = ["RewardModelConfig", "train_reward_model"]
+
+DISPLAYED = ("loss", "accuracy", "margin", "tokens_per_second")
+
+
+@dataclass(kw_only=True)
+class RewardModelConfig(TrainConfig):
+    """Reward model."""
+
+    learning_rate: float = 1e-5  # its peak
+    per_device_train_batch_size: int = 8  # pairs in a micro-step on each process
+    max_length: int | None = 1024  # tokens of prompt and answer; longer ones are cut at their end
+    center_rewards_coefficient: float = 0.0  # weight of the term that keeps rewards around 0
+
+
+def check_reward_model_config(config: RewardModelConfig) -> None:
+    """Raise UserError for options out of their range."""
+    check_train_config(config)
+    if config.max_length is not None and config.max_length < 2:
+        raise UserError(f"max_length must be at least 2, not {config.max_length}")
+    if not 0 <= config.center_rewards_coefficient < float("inf"):
+        raise UserError(
+            "center_rewards_coefficient must be finite and not negative, not "
+            f"{config.center_rewards_coefficient}"
+        )
+
+
+def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None) -> Result:
+    """Train a score on top of `config.model`: rows of {"prompt", "chosen", "rejected"}.
+
+    Args:
+        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+
+    Returns:
+        A Result; a sequence classifier with one label lies in `config.output_dir`.
+
+    Raises:
+        UserError: options or data that do not work. TrainingDiverged: a loss or gradient that is
+        not finite.
+    """
+    check_reward_model_config(config)
+    accelerator = make_accelerator(config)
+    tokenizer = load_tokenizer(config.model)
+    pairs = load_pairs(tokenizer, config.dataset, config.max_length)
+    held_out = None
+    if config.eval_dataset is not None:
+        held_out = load_pairs(tokenizer, config.eval_dataset, config.max_length)
+    model = load_classifier(
+        config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
+    )
+    check_scores(model, config.model)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    local_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = local_rows * accelerator.num_processes
+    run = start_run(config, accelerator, model, tokenizer, total_steps(config, len(pairs), rows))
+    with tracking(run, tracker, "reward model", DISPLAYED) as tracker:
+        log, clock = Log(run, tracker), Clock()
+        for step in range(run.first_step + 1, run.total_steps + 1):
+            indices = batch_indices(len(pairs), rows, step - 1, config.seed)
+            chosen = [pairs[index] for index in indices]
+            metrics = _train_step(run, step, chosen)
+            tokens = sum(map(len, chosen))
+            run.num_tokens += tokens
+            metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
+            metrics["epoch"] = step * rows / len(pairs)
+            if held_out is not None and wants_evaluation(run, step):
+                metrics |= _evaluate(run, held_out)
+            log.add(step, metrics)
+            save_if_due(run, step)
+            clock.skip()
+        return finish_run(run, log)
+
+
+def _train_step(run: Run, step: int, pairs: Sequence[Pair]) -> dict[str, float]:
+    """One optimizer step on the pairs of all processes."""
+    means = Means()
+    num_items = len(pairs) / run.accelerator.num_processes
+    batches = _micro_batches(run, pairs)
+    trained = optimizer_step(run, step, batches, lambda batch: _loss(run, batch, num_items, means))
+    return trained | means.reduce(run.accelerator)
+
+
+def _micro_batches(run: Run, pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
+    """This process's share, in micro-batches of pairs of like length."""
+    accelerator = run.accelerator
+    ordered = sorted(pairs, key=len, reverse=True)
+    mine = ordered[accelerator.process_index :: accelerator.num_processes]
+    return split(mine, run.config.per_device_train_batch_size)
+
+
+def _loss(run: Run, pairs: Sequence[Pair], num_items: float, means: Means) -> torch.Tensor:
+    """The pairs' part of the mean loss; their metrics go to `means`."""
+    device = run.accelerator.device
+    batch = collate_pairs(pairs, run.tokenizer.pad_token_id).to(device)
+    with run.accelerator.autocast():
+        scores = sequence_scores(run.model, run.policy, batch.input_ids, batch.attention_mask)
+    chosen, rejected = scores.chunk(2)
+    margin = margins(pairs)
+    loss = rl.pairwise_reward_loss(
+        chosen,
+        rejected,
+        margin=None if margin is None else margin.to(device),
+        center_rewards_coefficient=run.config.center_rewards_coefficient,
+        num_items=num_items,
+    )
+    means.add(
+        torch.ones_like(chosen, dtype=torch.bool),
+        accuracy=(chosen > rejected).float(),
+        margin=(chosen - rejected).detach(),
+        mean_reward=((chosen + rejected) / 2).detach(),
+    )
+    return loss
+
+
+@torch.no_grad()
+def _evaluate(run: Run, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Loss, accuracy and margin on held-out pairs."""
+    means = Means()
+    with evaluating(run.model):
+        for batch in _micro_batches(run, pairs):
+            loss = _loss(run, batch, len(batch), means)
+            everything = torch.ones(len(batch), dtype=torch.bool, device=loss.device)
+            means.add(everything, loss=loss.expand(len(batch)))
+    return {f"eval/{name}": value for name, value in means.reduce(run.accelerator).items()}
