@@ -236,7 +236,7 @@ def preference_pass(
             z, target[rows], None, run.head.row_temperature, False, run.backend
         )
         weights = None if answers.token_weight is None else answers.token_weight[owners]
-        weights = None if weights is None else weights[local[:, 0], local[:, 1]]
+        weights = None if weights is None else weights[local[:, 0], local[:, 1]].to(loss.dtype)
         group_loss, rewards, sums, dlogp = _group_loss(
             parts[0], local[:, 0], answers.mask[owners].sum(1), weights, answers, options, pairs
         )

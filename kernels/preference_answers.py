@@ -54,7 +54,7 @@ class Answers:
 
 def summed(logp: Tensor, token_weight: Tensor | None) -> Tensor:
     """(2B, T) -> (2B,)"""
-    return (logp if token_weight is None else logp * token_weight).sum(1)
+    return (logp if token_weight is None else logp * token_weight.to(logp.dtype)).sum(1)
 
 
 def beyond_shorter(mask: Tensor, ld_alpha: float | None) -> Tensor | None:
@@ -64,7 +64,9 @@ def beyond_shorter(mask: Tensor, ld_alpha: float | None) -> Tensor | None:
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
     shorter = mask.sum(1).view(2, -1).amin(0).repeat(2)
-    return torch.where(mask.cumsum(1) <= shorter[:, None], 1.0, ld_alpha)
+    # float64, to be rounded to the log-probabilities' dtype and no further
+    one = torch.ones((), dtype=torch.float64, device=mask.device)
+    return torch.where(mask.cumsum(1) <= shorter[:, None], one, ld_alpha)
 
 
 @torch.no_grad()

@@ -336,7 +336,7 @@ def pg_config(
         num_generations=8,
         baseline="leave_one_out",
         max_steps=10,
-        learning_rate=3e-4,
+        learning_rate=1e-3,
         lr_min_ratio=0.1,
         max_prompt_length=MAX_PROMPT_LENGTH,
         max_completion_length=MAX_COMPLETION_LENGTH,
@@ -410,7 +410,7 @@ def grpo_reward_model_config(
         grpo_config(paths, model, output_dir, seed),
         reward=[],
         reward_model=str(reward_model),
-        learning_rate=1e-4,
+        learning_rate=3e-4,
         beta=0.1,
         scale_rewards="batch",
     )
