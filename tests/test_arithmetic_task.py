@@ -19,6 +19,7 @@ from rlcore.rewards import compute_rewards, load_reward
 from rlcore.tasks.arithmetic import (
     MAX_COMPLETION_LENGTH,
     MAX_PROMPT_LENGTH,
+    PairPaths,
     TaskPaths,
     accuracy,
     correct,
@@ -26,6 +27,9 @@ from rlcore.tasks.arithmetic import (
     grpo_config,
     make_problem,
     make_task,
+    pg_config,
+    ppo_config,
+    reward_model_config,
     sft_config,
     shuffled,
     split_triples,
@@ -34,6 +38,9 @@ from rlcore.tasks.arithmetic import (
 )
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.grpo_config import check_grpo_config
+from rlcore.trainers.pg_config import check_pg_config
+from rlcore.trainers.ppo_config import check_ppo_config
+from rlcore.trainers.reward_model import check_reward_model_config
 from rlcore.trainers.sft import SFTConfig, check_sft_config, train_sft
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -41,6 +48,7 @@ BASE = Path("runs/arithmetic")
 PATHS = TaskPaths(
     *(BASE / "task" / name for name in ("model", "sft.jsonl", "train.jsonl", "test.jsonl"))
 )
+PAIRS = PairPaths(*(BASE / "pairs" / name for name in ("train.jsonl", "test.jsonl")))
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +233,21 @@ def test_the_trainers_run_on_it_as_on_any_data(task, tmp_path):
             "grpo",
             grpo_config(PATHS, BASE / "sft", BASE / "grpo"),
             lambda config: check_grpo_config(config, 1),
+        ),
+        (
+            "pg",
+            pg_config(PATHS, BASE / "sft", BASE / "pg"),
+            lambda config: check_pg_config(config, 1),
+        ),
+        (
+            "ppo",
+            ppo_config(PATHS, BASE / "sft", BASE / "ppo"),
+            lambda config: check_ppo_config(config, 1),
+        ),
+        (
+            "reward_model",
+            reward_model_config(PAIRS, BASE / "sft", BASE / "reward_model"),
+            check_reward_model_config,
         ),
     ],
 )

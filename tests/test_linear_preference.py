@@ -89,6 +89,8 @@ def budget(tokens, dtype=torch.float64):
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 @pytest.mark.parametrize("tokens", [None, 2 * T, T, 0], ids=["whole", "a pair", "less", "a token"])
 def test_loss_rewards_and_gradients_are_the_naive_ones(name, tokens, backend):
+    if backend == "triton" and name not in ("sigmoid", "ipo_avg", "orpo", "aot"):
+        pytest.skip("the row kernels know nothing of the formula")
     inputs = Inputs()
     leaves, expected_leaves = inputs.leaves(), inputs.leaves()
     chunk_bytes = None if tokens is None else budget(tokens)

@@ -100,7 +100,7 @@ def mutated(monkeypatch, change):
     monkeypatch.setattr(pg, "_experience", lambda *arguments: change(experience(*arguments)))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["leave_one_out", "value"])
 def test_with_the_advantages_sign_flipped_it_would_not(config, mode, monkeypatch):
     mutated(monkeypatch, lambda made: dataclasses.replace(made, advantage=-made.advantage))
     assert gain(dataclasses.replace(config, **MODES[mode])) < 0.1

@@ -151,6 +151,16 @@ def test_the_coefficients_follow_the_papers_rules(tmp_path):
     assert coefficients.values == pytest.approx({"kl_coef": 0.204 * 0.98, "penalty_coef": 3.0})
 
 
+def test_the_penalty_never_vanishes_and_a_warm_up_adapts_nothing(tmp_path):
+    made = make.experience(old=0.0)
+    run, _ = make.make_run(make.ppo_config(tmp_path, kl_mode="penalty", value_warmup_steps=3))
+    coefficients = Coefficients(penalty_coef=1.5e-6)
+    _adapt(run, 3, made, {}, coefficients)
+    assert coefficients["penalty_coef"] == 1.5e-6
+    _adapt(run, 4, made, {}, coefficients)
+    assert coefficients["penalty_coef"] == 1e-6
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

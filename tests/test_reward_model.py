@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -20,7 +21,11 @@ from rlcore.tasks.tiny_model import train_tokenizer
 from rlcore.tracking import read_metrics
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.metrics import Moments
-from rlcore.trainers.reward_model import RewardModelConfig, train_reward_model
+from rlcore.trainers.reward_model import (
+    RewardModelConfig,
+    load_ended_pairs,
+    train_reward_model,
+)
 
 ROWS = [
     {"prompt": f"Ben has {n} pears.", "chosen": f" {n}+1={n + 1}", "rejected": f" {n}, {n}"}
@@ -115,6 +120,48 @@ def test_the_first_step_has_the_papers_loss_and_gradient(tmp_path, pairs, kind):
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert metrics["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
     assert metrics["margin"] == pytest.approx((chosen - rejected).mean().item(), rel=1e-3)
+    scores = torch.cat([chosen, rejected])
+    named = {"min_reward": scores.min(), "mean_reward": scores.mean(), "max_reward": scores.max()}
+    for name, score in named.items():
+        assert metrics[name] == pytest.approx(score.item(), rel=1e-3, abs=1e-5)
+
+
+def test_the_held_out_metrics_are_those_of_all_pairs_whatever_the_batches(tmp_path, pairs):
+    # 16 pairs in batches of 5: the last one is smaller
+    config = make_config(tmp_path, pairs, eval_dataset=pairs, learning_rate=1e-12)
+    whole = train_reward_model(config).metrics
+    pieces = train_reward_model(dataclasses.replace(config, per_device_train_batch_size=5)).metrics
+    for name in ("loss", "margin", "mean_reward", "min_reward", "max_reward", "accuracy"):
+        assert pieces[f"eval/{name}"] == pytest.approx(whole[name], rel=1e-4, abs=1e-6)
+
+
+def test_pairs_that_are_too_long_are_left_out_and_not_cut(tmp_path):
+    tokenizer = tiny_tokenizer()
+    path = write(tmp_path / "pairs.jsonl", [ROWS[0], ROWS[0] | {"rejected": " 0, 0" * 9}])
+    short, long = load_pairs(tokenizer, path, None)
+    fits, just = len(long.rejected), max(len(short.chosen), len(short.rejected))
+    assert load_ended_pairs(tokenizer, path, fits) == [short, long]
+    assert load_ended_pairs(tokenizer, path, fits - 1) == [short]
+    assert load_ended_pairs(tokenizer, path, just) == [short]
+    with pytest.raises(UserError, match="no pair has both answers within max_length"):
+        load_ended_pairs(tokenizer, path, just - 1)
+
+
+def test_a_chat_answer_ends_where_a_policy_ends_it(tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    eos = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + eos + "\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    prompt = [{"role": "user", "content": "Ben has 9 pears."}]
+    sides = {"chosen": "17", "rejected": "16"}
+    row = {k: [{"role": "assistant", "content": text}] for k, text in sides.items()}
+    path = write(tmp_path / "chat.jsonl", [{"prompt": prompt} | row])
+    (pair,) = load_ended_pairs(tokenizer, path, None)
+    for side, text in sides.items():
+        assert tokenizer.decode(getattr(pair, side).completion) == text + eos
+    assert tokenizer.decode(pair.chosen.prompt).endswith("<assistant>")
 
 
 def test_micro_batches_change_nothing(tmp_path, pairs):

@@ -1,4 +1,7 @@
-"""The options of the policy gradient, and their checks."""
+"""The options of the policy gradient, and their checks.
+
+A step is a generation batch and one optimizer step on it.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclass(kw_only=True)
 class PGConfig(ValueConfig):
-    """Policy gradient.
-
-    A step is a generation batch and one optimizer step on it.
-    """
+    """Policy gradient."""
 
     baseline: str = "batch_mean"  # taken off the returns: none, batch_mean, leave_one_out, value
     return_type: str = "sequence"  # of a token: its whole sequence's reward, or the reward_to_go

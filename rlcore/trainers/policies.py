@@ -58,7 +58,10 @@ def as_reference(run: Run, model: Any | None) -> Policy | None:
     if model is None:
         return Policy(run.model, run.head, adapter=False)
     head, _ = choose_head(model, run.wants_fused_head)
-    return Policy(run.accelerator.prepare_model(model, evaluation_mode=True), head)
+    if run.is_sharded:
+        return Policy(run.accelerator.prepare_model(model, evaluation_mode=True), head)
+    # what the accelerator prepares would be in every checkpoint
+    return Policy(model.to(run.accelerator.device), head)
 
 
 @torch.no_grad()

@@ -206,6 +206,8 @@ def _adapt(
 ) -> None:
     """The coefficients for the next batch, from how far the policy is and how far it went."""
     config = run.config
+    if step <= config.value_warmup_steps:
+        return
     if config.kl_target is not None:
         coefficients["kl_coef"] = proportional_kl_coef(
             coefficients["kl_coef"],
@@ -213,12 +215,12 @@ def _adapt(
             target=config.kl_target,
             gain=config.kl_gain,
         )
-    if config.kl_mode == "penalty" and step > config.value_warmup_steps:
+    if config.kl_mode == "penalty":
         logp = completion_logp(run, Policy(run.model, run.head), experience)
         means = Means()
         means.add(experience.mask, kl=rl.token_kl(experience.old_logp, logp))
         kl = means.reduce(run.accelerator)["kl"]
         metrics |= {"policy/kl": kl, "policy/penalty_coef": coefficients["penalty_coef"]}
-        coefficients["penalty_coef"] = ppo_kl_coef(
-            coefficients["penalty_coef"], kl, target=config.penalty_target
-        )
+        adapted = ppo_kl_coef(coefficients["penalty_coef"], kl, target=config.penalty_target)
+        # a thousand halvings would make it 0
+        coefficients["penalty_coef"] = min(max(adapted, 1e-6), 1e6)

@@ -1,4 +1,7 @@
-"""The options of PPO, their checks, and the table of what holds the policy near its older self."""
+"""The options of PPO, their checks, and the table of what holds the policy near its older self.
+
+A step, in max_steps, save_steps, eval_steps and logging_steps, is a generation batch.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,11 @@ KL_MODES = {
 
 @dataclass(kw_only=True)
 class PPOConfig(ValueConfig):
-    """PPO.
+    """PPO."""
 
-    A step is a generation batch: num_ppo_epochs x num_mini_batches optimizer steps.
-    """
-
+    # generation batches, each of num_ppo_epochs x num_mini_batches optimizer steps; -1: as many as
+    # num_train_epochs need
+    max_steps: int = -1
     num_ppo_epochs: int = 4  # times that a generation batch is gone through
     num_mini_batches: int = 1  # optimizer steps that one pass over it takes
     kl_mode: str = "clip"  # what holds the policy near the one that sampled: clip or penalty
@@ -59,7 +62,7 @@ class PPOConfig(ValueConfig):
     lam: float = 0.95  # of GAE
     whiten_advantages: bool = True  # to zero mean and unit variance
     cliprange_value: float | None = 0.2  # a value moves this far in a batch at most; None: anywhere
-    value_warmup_steps: int = 0  # first steps, on which the value model alone learns
+    value_warmup_steps: int = 0  # first generation batches, on which it alone learns
     # a completion cut short is not over: the value after it stands there instead of its score
     bootstrap_truncated: bool = False
 

@@ -85,7 +85,7 @@ def _policy_metrics(part: Experience, result: rl.PolicyLoss) -> dict[str, torch.
     return {
         "entropy": result.entropy,
         "kl": result.kl,
-        "policy/approxkl_avg": rl.token_kl(part.old_logp, result.logp),
+        "policy/approxkl_avg": rl.token_kl(part.old_logp, result.logp, kl_estimator="k2"),
         "val/ratio": log_ratio.exp(),
         **clip_ratios(part, result),
     }

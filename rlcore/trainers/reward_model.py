@@ -4,11 +4,13 @@
            + center_rewards_coefficient * (r_chosen + r_rejected)^2
 
 The Bradley-Terry likelihood of the pairs (Ouyang et al. 2022, arXiv:2203.02155), with margin and
-centring on request. r is a linear score of the last token's hidden state.
+centring on request. r is a linear score of the last token's hidden state, which is the eos of an
+answer: a pair too long for the model to see it is left out, not cut.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 import rlcore as rl
+from rlcore.encoding import Example
 from rlcore.errors import UserError
 from rlcore.models import load_classifier, load_tokenizer
 from rlcore.pairs import Pair, collate_pairs, load_pairs, margins
@@ -31,6 +34,7 @@ from rlcore.trainers.common import (
     save_if_due,
     split,
     start_run,
+    summed,
     total_steps,
     tracking,
     wants_evaluation,
@@ -49,7 +53,7 @@ class RewardModelConfig(TrainConfig):
 
     learning_rate: float = 1e-5  # its peak
     per_device_train_batch_size: int = 8  # pairs in a micro-step on each process
-    max_length: int | None = 1024  # tokens of prompt and answer; longer ones are cut at their end
+    max_length: int | None = 1024  # tokens of prompt and answer; pairs with more are left out
     center_rewards_coefficient: float = 0.0  # weight of the term that keeps rewards around 0
 
 
@@ -81,10 +85,10 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
     check_reward_model_config(config)
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model)
-    pairs = load_pairs(tokenizer, config.dataset, config.max_length)
+    pairs = load_ended_pairs(tokenizer, config.dataset, config.max_length)
     held_out = None
     if config.eval_dataset is not None:
-        held_out = load_pairs(tokenizer, config.eval_dataset, config.max_length)
+        held_out = load_ended_pairs(tokenizer, config.eval_dataset, config.max_length)
     model = load_classifier(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
@@ -111,13 +115,49 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
         return finish_run(run, log)
 
 
+def load_ended_pairs(tokenizer: Any, path_or_name: str, max_length: int | None) -> list[Pair]:
+    """The pairs whose answers both fit, each answer up to its eos as a policy would sample it.
+
+    Raises:
+        UserError: what `load_pairs` raises, or no pair fits.
+    """
+    pairs = [
+        dataclasses.replace(
+            pair,
+            chosen=_ended(pair.chosen, tokenizer.eos_token_id),
+            rejected=_ended(pair.rejected, tokenizer.eos_token_id),
+        )
+        for pair in load_pairs(tokenizer, path_or_name, None)
+    ]
+    if max_length is None:
+        return pairs
+    fitting = [pair for pair in pairs if max(len(pair.chosen), len(pair.rejected)) <= max_length]
+    if not fitting:
+        raise UserError(f"{path_or_name}: no pair has both answers within max_length tokens")
+    return fitting
+
+
+def _ended(example: Example, eos_token_id: int | None) -> Example:
+    """Without what a chat template writes after the last eos, which no policy gets to."""
+    completion = example.completion
+    if eos_token_id not in completion:
+        return example
+    after = completion[::-1].index(eos_token_id)
+    return dataclasses.replace(example, completion=completion[: len(completion) - after])
+
+
 def _train_step(run: Run, step: int, pairs: Sequence[Pair]) -> dict[str, float]:
     """One optimizer step on the pairs of all processes."""
-    means = Means()
     num_items = len(pairs) / run.accelerator.num_processes
-    batches = _micro_batches(run, pairs)
-    trained = optimizer_step(run, step, batches, lambda batch: _loss(run, batch, num_items, means))
-    return trained | means.reduce(run.accelerator)
+    seen: list[torch.Tensor] = []
+
+    def loss_of(batch: Sequence[Pair]) -> torch.Tensor:
+        loss, scores = _loss(run, batch, num_items)
+        seen.append(scores)
+        return loss
+
+    trained = optimizer_step(run, step, _micro_batches(run, pairs), loss_of)
+    return trained | _score_metrics(run, torch.cat(seen, dim=1))
 
 
 def _micro_batches(run: Run, pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
@@ -128,8 +168,8 @@ def _micro_batches(run: Run, pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
     return split(mine, run.config.per_device_train_batch_size)
 
 
-def _loss(run: Run, pairs: Sequence[Pair], num_items: float, means: Means) -> torch.Tensor:
-    """The pairs' part of the mean loss; their metrics go to `means`."""
+def _loss(run: Run, pairs: Sequence[Pair], num_items: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pairs' part of the mean loss, and their scores (2, B), chosen first, detached."""
     device = run.accelerator.device
     batch = collate_pairs(pairs, run.tokenizer.pad_token_id).to(device)
     with run.accelerator.autocast():
@@ -143,22 +183,32 @@ def _loss(run: Run, pairs: Sequence[Pair], num_items: float, means: Means) -> to
         center_rewards_coefficient=run.config.center_rewards_coefficient,
         num_items=num_items,
     )
+    return loss, torch.stack([chosen, rejected]).detach()
+
+
+def _score_metrics(run: Run, scores: torch.Tensor) -> dict[str, float]:
+    """TRL's metrics of the scores (2, N), chosen first, of every process."""
+    chosen, rejected = scores
+    means = Means()
     means.add(
         torch.ones_like(chosen, dtype=torch.bool),
         accuracy=(chosen > rejected).float(),
-        margin=(chosen - rejected).detach(),
-        mean_reward=((chosen + rejected) / 2).detach(),
+        margin=chosen - rejected,
+        mean_reward=(chosen + rejected) / 2,
     )
-    return loss
+    gather = run.accelerator.gather
+    return means.reduce(run.accelerator) | {
+        "min_reward": gather(scores.amin().reshape(1)).min().item(),
+        "max_reward": gather(scores.amax().reshape(1)).max().item(),
+    }
 
 
 @torch.no_grad()
 def _evaluate(run: Run, pairs: Sequence[Pair]) -> dict[str, float]:
-    """Loss, accuracy and margin on held-out pairs."""
-    means = Means()
+    """Loss and scores of held-out pairs."""
     with evaluating(run.model):
-        for batch in _micro_batches(run, pairs):
-            loss = _loss(run, batch, len(batch), means)
-            everything = torch.ones(len(batch), dtype=torch.bool, device=loss.device)
-            means.add(everything, loss=loss.expand(len(batch)))
-    return {f"eval/{name}": value for name, value in means.reduce(run.accelerator).items()}
+        parts = [_loss(run, batch, len(pairs)) for batch in _micro_batches(run, pairs)]
+    losses, scores = zip(*parts, strict=True)
+    metrics = _score_metrics(run, torch.cat(scores, dim=1))
+    metrics["loss"] = summed(run.accelerator, sum(losses).item())
+    return {f"eval/{name}": value for name, value in metrics.items()}

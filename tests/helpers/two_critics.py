@@ -59,9 +59,7 @@ def short_runs(directory: Path, rank: int) -> dict[str, dict[str, torch.Tensor]]
         "learning_rate": 1e-2,
     }
     ppo = PPOConfig(output_dir=str(directory / "ppo"), num_ppo_epochs=2, **common)
-    shared = dataclasses.replace(
-        ppo, value_backbone="shared", output_dir=str(directory / "shared")
-    )
+    shared = dataclasses.replace(ppo, value_backbone="shared", output_dir=str(directory / "shared"))
     pg = PGConfig(output_dir=str(directory / "pg"), baseline="leave_one_out", **common)
     return {
         "ppo": train_ppo(ppo).model.state_dict(),
