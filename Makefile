@@ -4,7 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 # Extra words for the pip call that installs torch, such as an index that has CPU-only wheels.
 TORCH_PIP_ARGS ?=
-# Extra words for the demo: make demo FLAGS="--seed 1"
+# Extra words for the demo or the benchmark: make demo FLAGS="--seed 1", make bench FLAGS=policy_loss
 FLAGS ?=
 
 VENV := .venv
@@ -25,10 +25,11 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/.installed-bench
+	OMP_NUM_THREADS=1 $(RUN) -m rlcore bench $(FLAGS)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest benchmarks
 
 gpu: $(VENV)/.installed
-	bash benchmarks/gpu.sh
+	PYTHON=$(RUN) bash benchmarks/gpu.sh
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,25 +1,20 @@
-"""Ratios that hold on a noisy machine: contestants in turn, medians, memory in fresh processes."""
+"""What the asserted comparisons share: medians of contestants in turn, memory of scripts here."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from rlcore.bench import timing
 
-def interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant, run in turn, one unmeasured round first."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds + 1):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each contestant, run in turn."""
+    times = timing.interleaved(contestants, rounds)
+    return {name: taken.median for name, taken in times.items()}
 
 
 def peak_memory(script: str, *arguments: object) -> int:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from rows import _reset_resident_peak, _resident_peak
 from torch import Tensor
 
 import rlcore as rl
+from rlcore.bench.memory import reset_resident_peak, resident_peak
 
 B, T, H, V = 8, 256, 896, 32000
 ENTROPY_COEF = 0.01
@@ -121,10 +121,10 @@ def main(name: str, dtype: str) -> None:
     torch.set_num_threads(1)
     step, tiny = make_step(getattr(torch, dtype), True), make_step(getattr(torch, dtype), True, 1)
     forward_backward(name, tiny)
-    _reset_resident_peak()
-    before = _resident_peak()
+    reset_resident_peak()
+    before = resident_peak()
     gradients = forward_backward(name, step)[1:]
-    print(json.dumps(_resident_peak() - before - sum(g.nbytes for g in gradients)))
+    print(json.dumps(resident_peak() - before - sum(g.nbytes for g in gradients)))
 
 
 if __name__ == "__main__":

@@ -119,9 +119,12 @@ def row_start(row, length, ALIGNED: tl.constexpr):
 @triton.jit
 def load_mask(Mask, offset, inside):
     """Whether a token counts; without a mask every token that exists does."""
-    if Mask is None:
-        return inside
-    return tl.load(Mask + offset, mask=inside, other=0) != 0
+    # one return: Triton compiles what stands after a return inside an `if`
+    if Mask is None:  # noqa: SIM108
+        counted = inside
+    else:
+        counted = tl.load(Mask + offset, mask=inside, other=0) != 0
+    return counted
 
 
 @triton.jit
@@ -129,8 +132,10 @@ def load_row(Row, row, rows, fallback, DTYPE: tl.constexpr):
     """One number a row, (ROWS,), `fallback` where there is no tensor."""
     row = tl.reshape(row, (row.shape[0],))
     if Row is None:
-        return tl.full((row.shape[0],), fallback, DTYPE)
-    return tl.load(Row + row, mask=row < rows, other=fallback).to(DTYPE)
+        numbers = tl.full((row.shape[0],), fallback, DTYPE)
+    else:
+        numbers = tl.load(Row + row, mask=row < rows, other=fallback).to(DTYPE)
+    return numbers
 
 
 UNSPECIALIZED = ["rows", "length", "tiles"]

@@ -1,4 +1,4 @@
-"""The command line: `rlcore train ALGORITHM --flags`, `rlcore demo`.
+"""The command line: `rlcore train ALGORITHM --flags`, `rlcore demo`, `rlcore bench`, ...
 
 A command is a config dataclass and a function that takes it. Both are looked up when the command
 runs, so that `rlcore --help` imports no trainer.
@@ -7,6 +7,7 @@ runs, so that `rlcore --help` imports no trainer.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class Command:
     config: str
     function: str
     summary: str
+    positional: tuple[str, ...] = ()  # fields that take the words before the first flag, in order
 
 
 COMMANDS = {
@@ -49,18 +51,6 @@ COMMANDS = {
         "train_grpo",
         "reinforce what a reward function likes: rows of prompt, any other columns",
     ),
-    "train dpo": Command(
-        "rlcore.trainers.dpo",
-        "DPOConfig",
-        "train_dpo",
-        "prefer the better of two answers: rows of prompt, chosen, rejected",
-    ),
-    "train reward_model": Command(
-        "rlcore.trainers.reward_model",
-        "RewardModelConfig",
-        "train_reward_model",
-        "learn from preferences what is better: rows of prompt, chosen, rejected",
-    ),
     "train pg": Command(
         "rlcore.trainers.pg",
         "PGConfig",
@@ -72,6 +62,51 @@ COMMANDS = {
         "PPOConfig",
         "train_ppo",
         "PPO with a value model, clipped or with a KL penalty; rows of prompt, any other columns",
+    ),
+    "train reward_model": Command(
+        "rlcore.trainers.reward_model",
+        "RewardModelConfig",
+        "train_reward_model",
+        "learn from preferences what is better: rows of prompt, chosen, rejected",
+    ),
+    "train dpo": Command(
+        "rlcore.trainers.dpo",
+        "DPOConfig",
+        "train_dpo",
+        "prefer the better of two answers: rows of prompt, chosen, rejected",
+    ),
+    "bench": Command(
+        "rlcore.bench.run",
+        "BenchConfig",
+        "bench",
+        "time every operation, ours and every installed peer's, beside what the machine can do",
+        positional=("cases",),
+    ),
+    "bench report": Command(
+        "rlcore.bench.report",
+        "ReportConfig",
+        "report",
+        "results of `rlcore bench` as Markdown, plots and one HTML page",
+        positional=("results",),
+    ),
+    "bench compare": Command(
+        "rlcore.bench.compare",
+        "CompareConfig",
+        "compare",
+        "what got slower, larger or wrong between two results; exit status 1 where something did",
+        positional=("before", "after"),
+    ),
+    "bench static": Command(
+        "rlcore.bench.static",
+        "StaticConfig",
+        "static",
+        "registers, spills, load widths, bytes and recompilations of the kernels, with no GPU",
+    ),
+    "doctor": Command(
+        "rlcore.doctor",
+        "DoctorConfig",
+        "doctor",
+        "what hardware serves here, known-bad versions, and a check of every kernel in seconds",
     ),
     "merge": Command(
         "rlcore.merge",
@@ -118,9 +153,11 @@ def _run(arguments: list[str]) -> int:
         _print_options(Console(), name, command, options(config_class))
         return 0
     yaml_path, flags = _take_config(flags)
-    config = load_config(config_class, yaml_path, flags)
+    config = load_config(config_class, yaml_path, _name_positionals(command, flags))
     _quiet_transformers()
     result = getattr(module, command.function)(config)
+    if type(result) is int:  # an exit status
+        return result
     # of several processes the first speaks
     if hasattr(result, "output_dir") and os.environ.get("RANK", "0") == "0":
         print(f"model and metrics.jsonl are in {result.output_dir}")
@@ -138,20 +175,33 @@ def _quiet_transformers() -> None:
 
 def _find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     """(the command's name, its flags); the name is None where help is asked for."""
-    words = []
-    for argument in arguments:
-        if argument.startswith("-") or " ".join(words) in COMMANDS:
-            break
-        words.append(argument)
+    words = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    for count in range(len(words), 0, -1):
+        if " ".join(words[:count]) in COMMANDS:
+            return " ".join(words[:count]), arguments[count:]
     name, flags = " ".join(words), arguments[len(words) :]
-    if name in COMMANDS:
-        return name, flags
     members = [command for command in COMMANDS if command.startswith(f"{name} ")]
     if (not name or members) and (not flags or {"-h", "--help"} & set(flags)):
         return None, flags
     if members:
         raise UserError(f"`rlcore {name}` needs one of its commands: {', '.join(members)}")
     raise unknown_name("command", name or flags[0], COMMANDS)
+
+
+def _name_positionals(command: Command, flags: list[str]) -> list[str]:
+    """The flags with the words before the first of them under their fields' names.
+
+    The last field takes all words that are left.
+    """
+    words = list(itertools.takewhile(lambda flag: not flag.startswith("--"), flags))
+    if not words or not command.positional:
+        return flags
+    named = []
+    for position, field in enumerate(command.positional):
+        last = position == len(command.positional) - 1
+        given = words[position:] if last else words[position : position + 1]
+        named += [flag_name(field), *given] if given else []
+    return named + flags[len(words) :]
 
 
 def _take_config(flags: list[str]) -> tuple[str | None, list[str]]:

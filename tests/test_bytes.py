@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import DEVICE
 from helpers.cases import LAYOUTS, flat, policy_inputs, random_target
-from helpers.traffic import Traffic, count_memory
 
 import rlcore as rl
+from rlcore.bench.traffic import Traffic, count_memory
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="counted by the interpreter"),

@@ -13,11 +13,11 @@ from helpers.cases import LAYOUTS, flat
 from helpers.distributions import check_categorical_kl, check_fisher_vector_product
 from helpers.far_rows import spread
 from helpers.mutants import TESTS, Mutant, load_kernels, read_mutants, unload
-from helpers.traffic import Traffic, count_memory
 from torch import Tensor
 
 import rlcore as rl
 import rlcore.kernels.fisher  # registers every operator tested here
+from rlcore.bench.traffic import Traffic, count_memory
 
 INF = float("inf")
 counted = pytest.mark.skipif(DEVICE != "cpu", reason="counted by the interpreter")

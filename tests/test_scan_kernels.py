@@ -7,7 +7,6 @@ import importlib
 import pytest
 import torch
 from helpers import DEVICE
-from helpers.compile_gate import TARGETS, compiled
 from helpers.mutants import TESTS, load_kernels, read_mutants, unload
 from helpers.scans import (
     SCAN_BATTERIES,
@@ -17,9 +16,10 @@ from helpers.scans import (
     scan_as_a_tree,
     scores_for,
 )
-from helpers.traffic import count_memory
 
 import rlcore as rl
+from rlcore.bench.compile_gate import TARGETS, compiled
+from rlcore.bench.traffic import count_memory
 from rlcore.kernels import scan_ops
 
 counted_by_interpreter = pytest.mark.skipif(DEVICE != "cpu", reason="counted by the interpreter")

@@ -1,8 +1,9 @@
-"""Compiles every kernel for every target without a GPU and prints what came out, as JSON.
+"""Compiles kernels for every target without a GPU and reads what came out.
 
-A module under `TRITON_INTERPRET` has no compilable kernels, so `compiled()` runs this file in a
-process of its own. A kernel module offers `compile_specs()`, which yields dicts with the keys
-name, fn, signature, constexprs, options, and optionally attrs (argument name -> divisibility).
+`python -m rlcore.bench.compile_gate MODULE ...` prints it as JSON. A module under TRITON_INTERPRET
+has no compilable kernels, so `compiled()` runs this file in a process of its own. A kernel module
+offers `compile_specs()`, which yields dicts with the keys name, fn, signature, constexprs,
+options, and optionally attrs (argument name -> divisibility).
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
-MODULES = ("rlcore.kernels.specs", "helpers.canaries")
+from rlcore.bench import sass
+
+OURS = "rlcore.kernels.specs"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
 TARGETS["gfx942"] = ("hip", "gfx942", 64)
 
@@ -26,8 +31,6 @@ def compile_kernel(spec: dict, target: str) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from helpers import sass
-
     names = spec["fn"].arg_names
     attrs = spec.get("attrs") or {}
     attrs = {
@@ -36,17 +39,21 @@ def compile_kernel(spec: dict, target: str) -> dict:
     source = ASTSource(spec["fn"], spec["signature"], spec["constexprs"], attrs)
     started = time.perf_counter()
     kernel = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=spec["options"])
-    is_nvidia = "cubin" in kernel.asm
-    if is_nvidia:
-        read = sass.read_cubin(kernel.asm["cubin"])
+    return {"seconds": round(time.perf_counter() - started, 2), **read(kernel)}
+
+
+def read(kernel: Any) -> dict:
+    """What a compiled kernel takes: registers, spills, shared memory, instructions, loops."""
+    if "cubin" in kernel.asm:
+        found = sass.read_cubin(kernel.asm["cubin"])
     else:
-        read = sass.read_amdgcn(kernel.asm["amdgcn"])
-    return {"seconds": round(time.perf_counter() - started, 2), **read}
+        found = sass.read_amdgcn(kernel.asm["amdgcn"])
+    return found | {"shared": kernel.metadata.shared}
 
 
-def main() -> None:
+def main(*modules: str) -> None:
     results, seen = [], {}
-    for module in map(importlib.import_module, MODULES):
+    for module in map(importlib.import_module, modules):
         for spec in module.compile_specs():
             for target in TARGETS:
                 # Vocabularies that choose the same tile share one compiled kernel.
@@ -59,16 +66,19 @@ def main() -> None:
 
 
 @functools.cache
-def compiled() -> list[dict]:
-    """What every kernel compiled to: a list of dicts with `name`, `target` and what was read."""
+def compiled(modules: Sequence[str] = (OURS,)) -> list[dict]:
+    """What every kernel compiled to: a list of dicts with `name`, `target` and what was read.
+
+    Raises RuntimeError with the compiler's last words where one does not compile.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "helpers.compile_gate"]
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(tests), tests])
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests)
-    assert done.returncode == 0, f"the compile gate failed:\n{done.stderr[-4000:]}"
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-m", "rlcore.bench.compile_gate", *modules]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the compile gate failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

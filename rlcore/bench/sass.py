@@ -65,7 +65,10 @@ def read_cubin(cubin: bytes) -> dict:
     code = instructions(cuobjdump("-sass", cubin=cubin))
     assert len(code) > 8, "no instruction was read from the SASS"
     # LDG also matches LDGSTS, the copy from global to shared memory
-    read = [{"loads": widths(b, "LDG"), "stores": widths(b, "STG")} for b in loops(code)]
+    read = [
+        {"loads": widths(b, "LDG"), "stores": widths(b, "STG"), "instructions": len(b)}
+        for b in loops(code)
+    ]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -95,7 +98,10 @@ def read_amdgcn(assembly: str) -> dict:
         return sorted(GCN_BYTES[m[1]] for m in found if m)
 
     bodies = (lines[a:b] for a, b in innermost(spans))
-    read = [{"loads": gcn_widths(b, "load"), "stores": gcn_widths(b, "store")} for b in bodies]
+    read = [
+        {"loads": gcn_widths(b, "load"), "stores": gcn_widths(b, "store"), "instructions": len(b)}
+        for b in bodies
+    ]
     return {
         "registers": metadata("vgpr_count"),
         "stack": metadata("private_segment_fixed_size"),
