@@ -24,6 +24,7 @@ from rlcore.tasks.arithmetic import (
     accuracy,
     correct,
     demonstrate,
+    dpo_config,
     grpo_config,
     make_problem,
     make_task,
@@ -36,6 +37,7 @@ from rlcore.tasks.arithmetic import (
     triples,
     with_first_step,
 )
+from rlcore.trainers.dpo_config import check_dpo_config
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.grpo_config import check_grpo_config
 from rlcore.trainers.pg_config import check_pg_config
@@ -243,6 +245,11 @@ def test_the_trainers_run_on_it_as_on_any_data(task, tmp_path):
             "ppo",
             ppo_config(PATHS, BASE / "sft", BASE / "ppo"),
             lambda config: check_ppo_config(config, 1),
+        ),
+        (
+            "dpo",
+            dpo_config(PAIRS, BASE / "sft", BASE / "dpo"),
+            lambda config: check_dpo_config(config, 0),
         ),
         (
             "reward_model",
