@@ -74,6 +74,14 @@ def gain(config, steps: int = 15) -> float:
 LEARNED = 0.6
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "gemma2"])
+def test_it_runs_on_each_architecture(config, tmp_path, kind):
+    model = save_tiny(tmp_path / kind, kind, initializer_range=0.05)
+    run(config, model=model, max_steps=1, beta=0.1)
+    (line,) = lines(config)
+    assert abs(line["kl"]) < 1e-4 and line["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_it_learns_what_is_rewarded(config, loss_type):
     needed = make.NEEDED.get(loss_type, {})
