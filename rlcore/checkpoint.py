@@ -161,8 +161,13 @@ def load_checkpoint(accelerator: Any, directory: str | Path) -> dict[str, Any]:
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The complete checkpoint with the highest step in `output_dir`, or None."""
-    found = sorted(_checkpoints(Path(output_dir)), reverse=True)
-    return next((path for _, path in found if _manifest(path) is not None), None)
+    return next((path for _, path in reversed(checkpoints(output_dir))), None)
+
+
+def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every complete checkpoint in `output_dir`, the first step first."""
+    found = sorted(_checkpoints(Path(output_dir)))
+    return [(step, path) for step, path in found if _manifest(path) is not None]
 
 
 def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:

@@ -45,23 +45,29 @@ COMMANDS = {
         "train_sft",
         "fine-tune on demonstrations: rows of prompt and completion",
     ),
-    "train grpo": Command(
-        "rlcore.trainers.grpo",
-        "GRPOConfig",
-        "train_grpo",
-        "reinforce what a reward function likes: rows of prompt, any other columns",
-    ),
     "train pg": Command(
         "rlcore.trainers.pg",
         "PGConfig",
         "train_pg",
         "policy gradient: REINFORCE, RLOO, REINFORCE++; rows of prompt, any other columns",
     ),
+    "train trpo": Command(
+        "rlcore.trainers.trpo",
+        "TRPOConfig",
+        "train_trpo",
+        "natural gradient within a trust region; rows of prompt, any other columns",
+    ),
     "train ppo": Command(
         "rlcore.trainers.ppo",
         "PPOConfig",
         "train_ppo",
         "PPO with a value model, clipped or with a KL penalty; rows of prompt, any other columns",
+    ),
+    "train grpo": Command(
+        "rlcore.trainers.grpo",
+        "GRPOConfig",
+        "train_grpo",
+        "reinforce what a reward function likes: rows of prompt, any other columns",
     ),
     "train reward_model": Command(
         "rlcore.trainers.reward_model",
@@ -74,6 +80,18 @@ COMMANDS = {
         "DPOConfig",
         "train_dpo",
         "prefer the better of two answers: rows of prompt, chosen, rejected",
+    ),
+    "merge": Command(
+        "rlcore.merge",
+        "MergeConfig",
+        "merge",
+        "add an adapter into the model it was trained on",
+    ),
+    "demo": Command(
+        "rlcore.demo",
+        "DemoConfig",
+        "demo",
+        "train a small model on made-up word problems, here and now, with nothing to download",
     ),
     "bench": Command(
         "rlcore.bench.run",
@@ -107,18 +125,6 @@ COMMANDS = {
         "DoctorConfig",
         "doctor",
         "what hardware serves here, known-bad versions, and a check of every kernel in seconds",
-    ),
-    "merge": Command(
-        "rlcore.merge",
-        "MergeConfig",
-        "merge",
-        "add an adapter into the model it was trained on",
-    ),
-    "demo": Command(
-        "rlcore.demo",
-        "DemoConfig",
-        "run_demo",
-        "train a small model on made-up word problems, here and now, with nothing to download",
     ),
 }
 

@@ -32,6 +32,10 @@ class DemoConfig:
 
     seed: int = 0  # of the problems, the weights and the sampling
     output_dir: str = "runs/demo"  # where everything goes; an earlier demo there is replaced
+    # instead: every algorithm from one start with equal samples, in output_dir/all; what is there
+    # already is not done again
+    all: bool = False
+    seeds: int = 2  # with --all: so many, from --seed on; ten minutes each
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,25 @@ class Score:
     greedy: float
     sampled: float
     completions: list[str]
+
+
+def demo(config: DemoConfig) -> None:
+    """The command: GRPO and its control, or with `all` the whole survey."""
+    if not config.all:
+        run_demo(config)
+        return
+    if config.seeds < 1:
+        raise UserError(f"seeds must be at least 1, not {config.seeds}")
+    directory = _check_directory(Path(config.output_dir))
+    console = Console(highlight=False)
+    console.print(
+        "PG, TRPO, PPO, GRPO, DPO: from one start, with equal samples, on a verifier's reward, a\n"
+        f"reward model's, and preference pairs; seeds: {config.seeds}. Nothing is downloaded.\n"
+    )
+    with console.status("loading torch and transformers"):
+        from rlcore.survey import run_survey
+
+    run_survey(directory / "all", range(config.seed, config.seed + config.seeds), console=console)
 
 
 def run_demo(config: DemoConfig, *, console: Console | None = None) -> dict[str, Score]:
@@ -106,7 +129,8 @@ def _make_task(directory: Path, seed: int) -> tuple[Any, Exam]:
 
 def _check_directory(directory: Path) -> Path:
     """A new or empty directory, or an earlier demo's; nothing else is written into."""
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "task").is_dir():
+    ours = any((directory / name).is_dir() for name in ("task", "all"))
+    if directory.is_dir() and any(directory.iterdir()) and not ours:
         raise UserError(f"{directory} is not empty and holds no demo: choose another --output-dir")
     return directory
 

@@ -11,8 +11,10 @@ from rlcore.tracking import read_metrics
 
 Point = tuple[float, float]
 _FEW_POINTS = 12
+_FEW_LINES = 4
 # colour-blind safe, and told apart in grey print by the line style
-_STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8A6D00")
+_DASHES = ("-", "--", "-.", ":")
 _LABELS = {
     "reward": "mean reward of a batch",
     "eval/accuracy": "held-out accuracy",
@@ -45,7 +47,7 @@ def plot_curves(
     Raises:
         UserError: matplotlib is missing, a file cannot be read, or no run logged a metric asked.
     """
-    pyplot = _pyplot()
+    require_matplotlib()
     rows = {label: read_metrics(path) for label, path in runs.items()}
     lines = {
         metric: {
@@ -57,13 +59,38 @@ def plot_curves(
     for metric in metrics:
         if not any(lines[metric].values()):
             raise UserError(f"no run logged {metric!r}: {', '.join(map(str, runs.values()))}")
+    axis_labels = _LABELS | dict(labels or {})
+    panels = {
+        ("optimizer step", axis_labels.get(name, name)): by_label
+        for name, by_label in lines.items()
+    }
+    return plot_lines(panels, out_png, title=title)
+
+
+def plot_lines(
+    panels: Mapping[tuple[str, str], Mapping[str, Sequence[Point]]],
+    out_png: str | Path,
+    *,
+    title: str = "",
+) -> Path:
+    """Draw panels side by side: {(x axis, y axis): {legend label: [(x, y), ...]}}.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(
-        1, len(lines), figsize=(4.6 * len(lines), 3.6), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False, layout="constrained"
     )
-    for axis, (metric, by_label) in zip(axes[0], lines.items(), strict=True):
+    for axis, ((x_label, y_label), by_label) in zip(axes[0], panels.items(), strict=True):
         _panel(axis, by_label)
-        axis.set_ylabel((_LABELS | dict(labels or {})).get(metric, metric))
-    axes[0][0].legend(frameon=False, loc="best")
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+    if len(axes[0][0].lines) <= _FEW_LINES:
+        axes[0][0].legend(frameon=False, loc="best")
+    else:
+        handles, names = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=4)
     figure.suptitle(title, fontsize=12)
     out_png = Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +123,12 @@ def _panel(axis: Any, by_label: Mapping[str, Sequence[Point]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for index, (label, points) in enumerate(by_label.items()):
-        color, style = _STYLES[index % len(_STYLES)]
+        color, style = _COLORS[index % len(_COLORS)], _DASHES[index % len(_DASHES)]
         # few points are measurements: show where they were made
         marker = "o" if len(points) <= _FEW_POINTS else None
-        steps, values = [step for step, _ in points], [value for _, value in points]
-        axis.plot(steps, values, color=color, linestyle=style, marker=marker, ms=4, label=label)
-        if points:
+        places, values = [place for place, _ in points], [value for _, value in points]
+        axis.plot(places, values, color=color, linestyle=style, marker=marker, ms=4, label=label)
+        if points and len(by_label) <= _FEW_LINES:
             axis.annotate(
                 f"{values[-1]:.3g}",
                 points[-1],
@@ -110,8 +137,7 @@ def _panel(axis: Any, by_label: Mapping[str, Sequence[Point]]) -> None:
                 va="center",
                 color=color,
             )
-    axis.set_xlabel("optimizer step")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10]))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.08, y=0.12)

@@ -35,6 +35,7 @@ from rlcore.tasks.arithmetic import (
     shuffled,
     split_triples,
     triples,
+    trpo_config,
     with_first_step,
 )
 from rlcore.trainers.dpo_config import check_dpo_config
@@ -44,6 +45,7 @@ from rlcore.trainers.pg_config import check_pg_config
 from rlcore.trainers.ppo_config import check_ppo_config
 from rlcore.trainers.reward_model import check_reward_model_config
 from rlcore.trainers.sft import SFTConfig, check_sft_config, train_sft
+from rlcore.trainers.trpo_config import check_trpo_config
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 BASE = Path("runs/arithmetic")
@@ -240,6 +242,11 @@ def test_the_trainers_run_on_it_as_on_any_data(task, tmp_path):
             "pg",
             pg_config(PATHS, BASE / "sft", BASE / "pg"),
             lambda config: check_pg_config(config, 1),
+        ),
+        (
+            "trpo",
+            trpo_config(PATHS, BASE / "sft", BASE / "trpo"),
+            lambda config: check_trpo_config(config, 1),
         ),
         (
             "ppo",

@@ -113,7 +113,7 @@ def test_an_unknown_yaml_key_names_file_and_nearest(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["trian", "sft"], "Did you mean 'train sft'?"),
-        (["train", "--foo"], "train sft, train grpo"),
+        (["train", "--foo"], "train sft, train pg"),
         (["train", "dop"], "unknown command 'train dop'"),
         (["--foo"], "unknown command '--foo'"),
         (["train", "sft"], "required, but not given: --model, --dataset, --output-dir"),

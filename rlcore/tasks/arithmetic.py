@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlcore.trainers.ppo import PPOConfig
     from rlcore.trainers.reward_model import RewardModelConfig
     from rlcore.trainers.sft import SFTConfig
+    from rlcore.trainers.trpo import TRPOConfig
 
 NAMES = ("Ben", "Ana", "Tom", "Eva", "Max", "Lea", "Sam", "Ida")
 THINGS = ("pears", "coins", "cards", "books", "stones", "shells", "apples", "stamps")
@@ -51,6 +52,17 @@ class TaskPaths:
     sft: Path
     train: Path
     test: Path
+
+
+def task_paths(directory: str | Path) -> TaskPaths:
+    """Where in `directory` things stand once `make_task` has written them."""
+    directory = Path(directory)
+    return TaskPaths(
+        model=directory / "model",
+        sft=directory / "sft.jsonl",
+        train=directory / "train.jsonl",
+        test=directory / "test.jsonl",
+    )
 
 
 def triples() -> list[Triple]:
@@ -110,14 +122,8 @@ def make_task(
     What comes out is ordinary (JSONL files, a transformers model directory), so that the trainers
     and their loading code run on it as on anybody's data. The same seed writes the same files.
     """
-    directory = Path(directory)
-    paths = TaskPaths(
-        model=directory / "model",
-        sft=directory / "sft.jsonl",
-        train=directory / "train.jsonl",
-        test=directory / "test.jsonl",
-    )
-    directory.mkdir(parents=True, exist_ok=True)
+    paths = task_paths(directory)
+    Path(directory).mkdir(parents=True, exist_ok=True)
     seen, held_out = split_triples(seed)
     rng = random.Random(f"problems-{seed}")
     demonstrations = [demonstrate(rng, make_problem(rng, seen)) for _ in range(sft_rows)]
@@ -141,6 +147,11 @@ class PairPaths:
     test: Path  # of held-out problems
 
 
+def pair_paths(directory: str | Path) -> PairPaths:
+    """Where in `directory` the pairs stand once `make_pairs` has written them."""
+    return PairPaths(Path(directory) / "train.jsonl", Path(directory) / "test.jsonl")
+
+
 def make_pairs(
     paths: TaskPaths,
     model: str | Path,
@@ -159,9 +170,8 @@ def make_pairs(
     from rlcore.models import load_reference, load_tokenizer
 
     policy, tokenizer = load_reference(str(model)), load_tokenizer(str(model))
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    written = PairPaths(directory / "train.jsonl", directory / "test.jsonl")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    written = pair_paths(directory)
     for number, (source, out, count) in enumerate(
         ((paths.train, written.train, prompts), (paths.test, written.test, prompts // 4))
     ):
@@ -343,6 +353,30 @@ def pg_config(
     )
 
 
+def trpo_config(
+    paths: TaskPaths, model: str | Path, output_dir: str | Path, seed: int = 0
+) -> TRPOConfig:
+    """TRPO with a group's mean for a baseline, from the warm start in `model`."""
+    from rlcore.trainers.trpo import TRPOConfig
+
+    return TRPOConfig(
+        model=str(model),
+        dataset=str(paths.train),
+        output_dir=str(output_dir),
+        eval_dataset=str(paths.test),
+        eval_steps=2,
+        reward=["arithmetic"],
+        seed=seed,
+        per_device_train_batch_size=512,
+        num_generations=8,
+        max_steps=10,
+        lr_min_ratio=0.1,
+        fisher_rows=64,
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+    )
+
+
 def ppo_config(
     paths: TaskPaths,
     model: str | Path,
@@ -413,6 +447,23 @@ def grpo_reward_model_config(
         learning_rate=3e-4,
         beta=0.1,
         scale_rewards="batch",
+    )
+
+
+def ppo_reward_model_config(
+    paths: TaskPaths,
+    model: str | Path,
+    reward_model: str | Path,
+    output_dir: str | Path,
+    seed: int = 0,
+) -> PPOConfig:
+    """`ppo_config` with the reward model as judge, the KL to the reference off the rewards."""
+    return dataclasses.replace(
+        ppo_config(paths, model, output_dir, seed),
+        reward=[],
+        reward_model=str(reward_model),
+        normalize_rewards=True,
+        kl_coef=0.05,
     )
 
 

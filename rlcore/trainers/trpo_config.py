@@ -1,0 +1,116 @@
+"""The options of TRPO, their checks, and the table of its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from rlcore.advantages import SCALES, group_advantage, leave_one_out_advantage
+from rlcore.errors import UserError, unknown_name
+from rlcore.trainers.sampling_config import check_counts, check_positive, check_sampling_config
+from rlcore.trainers.values_config import (
+    ValueConfig,
+    check_fractions,
+    check_unused,
+    check_value_config,
+)
+
+
+@dataclass(kw_only=True)
+class TRPOConfig(ValueConfig):
+    """TRPO.
+
+    A step is a generation batch and one step of the policy, whose length follows the schedule of
+    lr_scheduler_type (delta its square). The other optimization options are the value model's.
+    """
+
+    num_generations: int = 8  # completions a prompt
+    # what a reward is compared with: group, leave_one_out, batch_mean, value
+    baseline: str = "group"
+    scale_rewards: str = "group"  # baseline group: divide by the std of: group, batch, none
+    lam: float = 1.0  # baseline value: lambda of generalised advantage estimation
+    num_value_epochs: int = 1  # baseline value: times that the value model goes through a batch
+
+    # Trust region
+
+    delta: float = 0.01  # the mean KL(old || new) of a token, in nats, that a step may not exceed
+    cg_iterations: int = 10  # of conjugate gradient at most: a Fisher product each
+    cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
+    cg_tolerance: float = 1e-10  # it ends at this residual, as a share of the gradient
+    fisher_rows: int | None = None  # completions on each process for the direction; None: all
+    line_search_steps: int = 10  # trials at most
+    line_search_shrink: float = 0.8  # the factor from one to the next
+    # patterns (*, ?) of the names of the parameters that move; of those that can be trained
+    trained_parameters: list[str] = field(default_factory=lambda: ["*"])
+
+
+Advantages = Callable[[torch.Tensor, TRPOConfig], torch.Tensor]
+
+
+def _group(scores: torch.Tensor, config: TRPOConfig) -> torch.Tensor:
+    return group_advantage(scores, config.num_generations, scale_rewards=config.scale_rewards)
+
+
+def _leave_one_out(scores: torch.Tensor, config: TRPOConfig) -> torch.Tensor:
+    return leave_one_out_advantage(scores, config.num_generations)
+
+
+def _batch_mean(scores: torch.Tensor, config: TRPOConfig) -> torch.Tensor:
+    return (scores - scores.nanmean()).nan_to_num(0.0)
+
+
+# scores (M,) of all processes, NaN where not judged -> advantages (M,); a value model has its own
+ADVANTAGES: dict[str, Advantages | None] = {
+    "group": _group,
+    "leave_one_out": _leave_one_out,
+    "batch_mean": _batch_mean,
+    "value": None,
+}
+
+
+def check_trpo_config(config: TRPOConfig, reward_count: int) -> None:
+    """Raise UserError for options out of their range or at odds with each other."""
+    for name, known in (("baseline", ADVANTAGES), ("scale_rewards", SCALES)):
+        if getattr(config, name) not in known:
+            raise unknown_name(name, getattr(config, name), known)
+    check_positive(config, "delta")
+    check_counts(config, "cg_iterations", "fisher_rows", "line_search_steps", "num_value_epochs")
+    check_fractions(config, "lam")
+    for name in ("cg_damping", "cg_tolerance"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} must not be negative, it is {getattr(config, name)}")
+    if not 0 < config.line_search_shrink < 1:
+        raise UserError(f"line_search_shrink must be in (0, 1), not {config.line_search_shrink}")
+    if not config.trained_parameters:
+        raise UserError("trained_parameters is empty: name parameters, or * for all")
+    _check_baseline(config)
+    check_unused(config, "the trust region lies around the policy itself", "ref_model")
+    check_unused(config, "the step of the policy comes from delta", "learning_rate")
+    check_sampling_config(config, reward_count)
+    check_value_config(config)
+
+
+def _check_baseline(config: TRPOConfig) -> None:
+    if config.baseline in ("group", "leave_one_out") and config.num_generations < 2:
+        raise UserError(
+            f"baseline {config.baseline} needs num_generations of at least 2, not "
+            f"{config.num_generations}: it compares with the group's other completions"
+        )
+    if config.baseline != "group":
+        check_unused(config, f"baseline is {config.baseline!r}", "scale_rewards")
+    if config.baseline != "value":
+        check_unused(
+            config,
+            f"baseline {config.baseline!r} has no value model",
+            *("value_model", "value_learning_rate", "value_backbone", "vf_coef", "gamma", "lam"),
+            *("num_value_epochs", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm"),
+        )
+    elif config.value_backbone == "shared":
+        raise UserError(
+            "value_backbone must be own: fitting a shared one would move the policy out of its "
+            "trust region"
+        )
+    elif config.value_learning_rate is None:
+        raise UserError("baseline value needs value_learning_rate, 0.001 say")

@@ -1,0 +1,164 @@
+"""`rlcore demo --all`, shortened: every method runs, is measured, and is not run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from rlcore import survey
+from rlcore.checkpoint import checkpoints
+from rlcore.demo import DemoConfig, demo
+from rlcore.errors import UserError
+from rlcore.survey import METHODS, SAMPLES, Measurement, Outcome, run_survey
+from rlcore.survey_report import Survey, show
+from rlcore.tasks import arithmetic
+from rlcore.trainers.dpo import DPOConfig
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The task and the recipes, cut down to a few rows and steps."""
+    make_task = arithmetic.make_task
+    sft, reward_model = arithmetic.sft_config, arithmetic.reward_model_config
+
+    def cut(recipe):
+        def shortened(*arguments):
+            config = recipe(*arguments)
+            rows = 4 if isinstance(config, DPOConfig) else 16
+            return dataclasses.replace(config, max_steps=4, per_device_train_batch_size=rows)
+
+        return shortened
+
+    def short_sft(*arguments):
+        return dataclasses.replace(sft(*arguments), max_steps=60, warmup_steps=0)
+
+    def short_reward_model(*arguments):
+        return dataclasses.replace(reward_model(*arguments), max_steps=2)
+
+    monkeypatch.setattr(
+        arithmetic,
+        "make_task",
+        lambda *arguments: make_task(*arguments, sft_rows=256, train_rows=32, test_rows=8),
+    )
+    monkeypatch.setattr(arithmetic, "make_pairs", _pairs_by_hand)
+    monkeypatch.setattr(arithmetic, "sft_config", short_sft)
+    monkeypatch.setattr(arithmetic, "reward_model_config", short_reward_model)
+    monkeypatch.setattr(survey, "MEASUREMENTS", 2)
+    monkeypatch.setattr(survey, "KL_ROWS", 8)
+    for name, method in METHODS.items():
+        short_method = dataclasses.replace(method, recipe=cut(method.recipe))
+        monkeypatch.setitem(METHODS, name, short_method)
+
+
+def _pairs_by_hand(paths, model, directory, seed):
+    """A model of sixty steps is hardly ever right: its pairs would be none."""
+    written = arithmetic.pair_paths(directory)
+    rows = [json.loads(line) for line in paths.train.read_text().splitlines()[:16]]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": f"{row['first_step']}, 1+1=2", "rejected": " 1"}
+        for row in rows
+    ]
+    for path in (written.train, written.test):
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return written
+
+
+def screen() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def test_every_method_runs_from_one_start_and_only_once(short, tmp_path, monkeypatch):
+    console = screen()
+    outcomes = run_survey(tmp_path / "all", range(7, 8), console=console)
+    assert set(outcomes) == set(METHODS)
+    starts = {(o.curve[0].greedy, o.curve[0].sampled) for (o,) in outcomes.values()}
+    assert len(starts) == 1
+    for name, (outcome,) in outcomes.items():
+        assert [m.samples for m in outcome.curve] == [0, SAMPLES / 2, SAMPLES], name
+        assert outcome.curve[0].kl == pytest.approx(0, abs=1e-6)
+        assert outcome.curve[-1].kl >= 0 and outcome.seconds > 0, name
+    assert outcomes["dpo"][0].curve[-1].kl > 0.01
+    results = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert results["seeds"] == [7]
+    (dpo,) = outcomes["dpo"]
+    assert results["methods"]["dpo"] == [json.loads(json.dumps(dataclasses.asdict(dpo)))]
+    assert (tmp_path / "all" / "survey.png").read_bytes().startswith(b"\x89PNG")
+    shown = console.file.getvalue()
+    table = (tmp_path / "all" / "survey.md").read_text()
+    for text in ("PG", "TRPO", "PPO-penalty", "PPO-clip", "GRPO", "DPO", "reward model", "5120"):
+        assert text in shown and text in table
+
+    def again(*_):
+        raise AssertionError("trained a second time")
+
+    for name, method in METHODS.items():
+        monkeypatch.setitem(METHODS, name, dataclasses.replace(method, train=again))
+    monkeypatch.setattr(survey, "train_sft", again)
+    monkeypatch.setattr(survey, "train_reward_model", again)
+    assert run_survey(tmp_path / "all", range(7, 8), console=screen()) == outcomes
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_last_checkpoint(short, tmp_path, monkeypatch):
+    names = ("grpo",)
+    monkeypatch.setattr(survey, "METHODS", {name: METHODS[name] for name in names})
+    whole = run_survey(tmp_path / "all", range(1), console=screen())
+    run = tmp_path / "all" / "seed0" / "grpo"
+    (run / "outcome.json").unlink()
+    (run / "config.json").unlink()
+    assert [step for step, _ in checkpoints(run)] == [2, 4]
+    resumed = []
+    method = METHODS["grpo"]
+
+    def watched(config):
+        resumed.append(config.resume)
+        return method.train(config)
+
+    monkeypatch.setitem(survey.METHODS, "grpo", dataclasses.replace(method, train=watched))
+    again = run_survey(tmp_path / "all", range(1), console=screen())
+    assert resumed == [True]
+    assert again["grpo"][0].curve == whole["grpo"][0].curve
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dpo"])
+def test_every_method_learns_from_as_many_samples(name, tmp_path):
+    paths = arithmetic.task_paths(tmp_path)
+    start = survey.Start(paths, tmp_path, arithmetic.pair_paths(tmp_path), tmp_path)
+    config = METHODS[name].recipe(start, tmp_path / name, 3)
+    assert config.seed == 3 and config.model == str(start.sft)
+    batches = config.max_steps / config.updates_per_batch
+    assert batches * config.completions_per_process == SAMPLES
+
+
+def test_the_pairs_of_dpo_took_as_many_samples(tmp_path):
+    start = survey.Start(
+        arithmetic.task_paths(tmp_path), tmp_path, arithmetic.pair_paths(tmp_path), tmp_path
+    )
+    config = METHODS["dpo"].recipe(start, tmp_path / "dpo", 0)
+    assert isinstance(config, DPOConfig) and config.dataset == str(start.pairs.train)
+    defaults = arithmetic.make_pairs.__kwdefaults__
+    assert defaults["prompts"] * defaults["num_generations"] == SAMPLES
+
+
+def test_of_several_seeds_the_table_has_median_and_range():
+    def outcome(greedy):
+        before, after = Measurement(0, 0.5, 0.4, 0.0), Measurement(SAMPLES, greedy, 0.8, 0.25)
+        return Outcome((before, after), 10.0)
+
+    console = screen()
+    runs = {name: [outcome(0.9), outcome(0.7), outcome(0.8)] for name in METHODS}
+    show(console, Survey(range(3), METHODS, runs, [0.97, 0.98, 0.99]))
+    shown = console.file.getvalue()
+    assert "Seed(s) 0, 1, 2: medians (and ranges)" in shown
+    assert "0.800 (0.700-0.900)" in shown and "0.980 (0.970-0.990)" in shown
+
+
+def test_seeds_and_a_directory_of_something_else_are_checked_first(tmp_path):
+    with pytest.raises(UserError, match="seeds must be at least 1, not 0"):
+        demo(DemoConfig(output_dir=str(tmp_path), all=True, seeds=0))
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds no demo"):
+        demo(DemoConfig(output_dir=str(tmp_path), all=True))
