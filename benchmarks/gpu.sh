@@ -86,6 +86,8 @@ stage other-tests 60 bash -c 'tests "$@"' - "${other_tests[@]}"
 stage large 60 "$PYTHON" -m rlcore bench "${large[@]}" --device "$DEVICE" --no-memory \
     --contestants rlcore-triton rlcore-torch --output "$RESULTS/.$name.large.json"
 stage sanitizer 30 bash -c sanitize
+[[ $DEVICE == cpu ]] || stage designs 120 "$PYTHON" benchmarks/head_design_times.py \
+    "$RESULTS/$name-designs.json"
 if grep -qx bench "$progress"; then
     echo "all stages are done: remove $progress to begin again"
     exit "$status"

@@ -29,6 +29,29 @@ def loop(reward: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return advantage, advantage + value
 
 
+def masked_loop(
+    reward: Tensor, value: Tensor, mask: Tensor | None = None, terminated: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loop where tokens may not count, or end an episode, as trainers of agents have it."""
+    length = reward.shape[1]
+    following, last, reversed_advantage = 0, 0, []
+    for t in reversed(range(length)):
+        goes_on = 1.0 if terminated is None else (~terminated[:, t]).float()
+        delta = reward[:, t] + GAMMA * following * goes_on - value[:, t]
+        advantage = delta + GAMMA * LAM * last * goes_on
+        if mask is None:
+            following, last = value[:, t], advantage
+        else:
+            counts = mask[:, t].float()
+            following = value[:, t] * counts + following * (1 - counts)
+            last = advantage * counts + last * (1 - counts)
+            advantage = advantage * counts
+        reversed_advantage.append(advantage)
+    advantage = torch.stack(reversed_advantage[::-1], dim=1)
+    returns = advantage + value
+    return advantage, returns if mask is None else returns * mask
+
+
 def torchrl(reward: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 

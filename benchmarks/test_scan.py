@@ -10,7 +10,7 @@ import importlib.util
 import pytest
 import torch
 from harness import interleaved
-from scans import CONTESTANTS, GAMMA, LAM, make_rows, masks
+from scans import CONTESTANTS, GAMMA, LAM, make_rows, masked_loop, masks
 
 import rlcore as rl
 
@@ -69,12 +69,40 @@ def test_gae_against_torchrl(rows, length, rounds, loop, torchrl, record_propert
     assert ratio >= torchrl
 
 
-@pytest.mark.parametrize("kind", masks(1, 8))
+# least ratio of the time of a loop that knows of them to ours: rows of one run of tokens are a
+# closed form as plain ones are; holes and ends inside a row are scanned
+MASKED = {
+    (256, 4096): {"right pads": 30, "tool tokens": 12, "packed episodes": 6},
+    (1, 32768): {"right pads": 3000, "tool tokens": 1000, "packed episodes": 400},
+    (8, 512): {"right pads": 100, "tool tokens": 25, "packed episodes": 15},
+}
+
+
+@pytest.mark.parametrize("kind", [k for k in masks(1, 8) if k != "no mask"])
 @pytest.mark.parametrize("rows, length, rounds", SHAPES)
-def test_masks_and_ends_are_faster_than_a_loop_that_ignores_them(rows, length, rounds, kind):
-    ratio = ratio_to("loop", rows, length, min(rounds, 3), **masks(rows, length)[kind])
-    print(f"{kind}: loop / rlcore = {ratio:.0f}")
-    assert ratio >= 4
+def test_masks_and_ends_against_the_loop(rows, length, rounds, kind, record_property):
+    options = masks(rows, length)[kind]
+    given = make_rows(rows, length)
+    mine = lambda: rl.gae(*given, gamma=GAMMA, lam=LAM, backend="torch", **options)  # noqa: E731
+    times = 20 if rows * length < 1 << 18 else 5
+    contestants = {
+        "rlcore": repeated(mine, times),
+        "loop": lambda: masked_loop(*given, **options),
+    }
+    seconds = interleaved(contestants, min(rounds, 3))
+    ratio = seconds["loop"] / (seconds["rlcore"] / times)
+    record_property("loop / rlcore", ratio)
+    print(f"\n({rows}, {length}) {kind}: loop / rlcore = {ratio:.0f}")
+    assert ratio >= MASKED[rows, length][kind]
+
+
+@pytest.mark.parametrize("kind", masks(1, 8))
+def test_the_loop_with_masks_agrees_in_float64(kind):
+    given, options = make_rows(4, 300), masks(4, 300)[kind]
+    mine = rl.gae(*given, gamma=GAMMA, lam=LAM, backend="torch", **options)
+    truth = masked_loop(*(x.double() for x in given), **options)
+    for got, want in zip(mine, truth, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)

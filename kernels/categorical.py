@@ -131,11 +131,12 @@ def _op_backward(ctx, dkl, *_):
 categorical_kl_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def check_logits(name: str, logits: Tensor) -> None:
-    """One floating point row a token."""
+def check_logits(name: str, logits: Tensor, width: str = "V") -> None:
+    """One floating point row a token, `width` wide."""
     if logits.dim() not in (2, 3):
         raise ValueError(
-            f"{name} must have shape (N, V) or (B, T, V), got {tuple(logits.shape)}: reshape them"
+            f"{name} must have shape (N, {width}) or (B, T, {width}), got {tuple(logits.shape)}: "
+            "reshape them"
         )
     if logits.dtype not in FLOATS:
         raise ValueError(
@@ -143,6 +144,16 @@ def check_logits(name: str, logits: Tensor) -> None:
         )
     if logits.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one column, got {tuple(logits.shape)}")
+
+
+def check_mask(mask: Tensor | None, rows: Tensor, name: str) -> Tensor | None:
+    """The mask, contiguous, if it is a bool a token of the rows, which are the argument `name`."""
+    if mask is None:
+        return None
+    check_per_token("mask", mask, rows, name)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}: pass mask.bool()")
+    return mask.contiguous()
 
 
 def check_pair(name: str, other: Tensor, logits_name: str, logits: Tensor) -> None:
@@ -194,11 +205,7 @@ def categorical_kl(
         ValueError: a wrong or different shape, a wrong dtype, device or temperature.
     """
     check_pair("q_logits", q_logits, "p_logits", p_logits)
-    if mask is not None:
-        check_per_token("mask", mask, p_logits)
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool, got {mask.dtype}: pass mask.bool()")
-        mask = mask.contiguous()
+    mask = check_mask(mask, p_logits, "p_logits")
     check_positive(temperature=temperature)
     check_finite(temperature=temperature)
     backend = resolve_backend(backend, p_logits)

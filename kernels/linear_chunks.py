@@ -71,15 +71,18 @@ class Gathered:
 
 
 class Chunk:
-    """Memory for a chunk's logits and their gradient, which share it where they can."""
+    """Memory for a chunk's logits and their gradient, which share it where they can.
 
-    def __init__(self, products: Products, run: Run):
+    Without a gradient, where none is asked for, `dz` is the logits' own memory.
+    """
+
+    def __init__(self, products: Products, run: Run, gradient: bool = True):
         tokens, vocabulary = run.plan.chunk_tokens, run.plan.vocabulary
         # Triton's 16-byte stores want every row of both to start at a 16-byte boundary
         width = -(-vocabulary // 16) * 16 if run.backend == "triton" else vocabulary
         like = {"dtype": products.accumulator, "device": products.weight.device}
         self.z = self.dz = torch.empty((tokens, width), **like)[:, :vocabulary]
-        if products.low_precision or run.head.softcap is not None:
+        if gradient and (products.low_precision or run.head.softcap is not None):
             like["dtype"] = products.weight.dtype
             self.dz = torch.empty((tokens, width), **like)[:, :vocabulary]
 

@@ -65,6 +65,18 @@ def linear_token_logprob(
         ValueError: a wrong shape, dtype, device or range, as in `token_logprob`; a layer in the
             place of its weight.
     """
+    return _statistics(
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
+        logit_scale=logit_scale, mask=mask, entropy=entropy, entropy_gradient=entropy,
+        chunk_bytes=chunk_bytes, backend=backend,
+    )  # fmt: skip
+
+
+def _statistics(
+    hidden, weight, target, *, bias, temperature, softcap, logit_scale, mask, entropy,
+    entropy_gradient, chunk_bytes, backend,
+) -> TokenLogprob:  # fmt: skip
+    """`linear_token_logprob`, where the entropy may be wanted without its gradient."""
     check_rows(hidden, target, mask=mask, temperature=temperature, name="hidden")
     shape = target.shape
     flat, weight, bias, head = prepare_head(
@@ -77,20 +89,22 @@ def linear_token_logprob(
     needs = _needs(flat, weight, bias)
     plan = make_plan(
         flat, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=True,
-        separate_gradient=softcap is not None, with_entropy=entropy,
+        separate_gradient=softcap is not None, with_entropy=entropy_gradient,
     )  # fmt: skip
     if not _is_plain(flat, weight, bias, target, mask):
         logp, entropies, lse, _, _ = linear_token_logprob_op(
             flat, weight, bias, target.reshape(-1), mask.reshape(-1), entropy, head.temperature,
             head.softcap, head.logit_scale, chunk_bytes, list(needs), backend,
         )  # fmt: skip
-        entropies = entropies.view(shape) if entropy else None
-        return TokenLogprob(logp.view(shape), entropies, lse.view(shape))
-    statistics = LinearTokenLogprob.apply(
-        flat, weight, bias, target.reshape(-1), mask.reshape(-1), entropy,
-        Run(head, plan, needs, backend),
-    )  # fmt: skip
-    return TokenLogprob(*(None if t is None else t.view(shape) for t in statistics))
+    else:
+        logp, entropies, lse = LinearTokenLogprob.apply(
+            flat, weight, bias, target.reshape(-1), mask.reshape(-1), entropy,
+            Run(head, plan, needs, backend),
+        )  # fmt: skip
+    entropies = entropies.view(shape) if entropy else None
+    if entropy and not entropy_gradient:
+        entropies = entropies.detach()
+    return TokenLogprob(logp.view(shape), entropies, lse.view(shape))
 
 
 def linear_policy_loss(
@@ -151,9 +165,11 @@ def linear_policy_loss(
     )
     needs = _needs(flat, weight, bias)
     if not any(needs) or not options.knows_derivative(backend):
-        statistics = linear_token_logprob(
+        statistics = _statistics(
             hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
-            logit_scale=logit_scale, mask=mask, chunk_bytes=chunk_bytes, backend=backend,
+            logit_scale=logit_scale, mask=mask, entropy=True,
+            entropy_gradient=options.entropy_coef != 0, chunk_bytes=chunk_bytes,
+            backend=backend,
         )  # fmt: skip
         return composed_policy_loss(statistics, mask, token_weight, per_token, options, cu_seqlens)
     check_targets_in_range(target, mask, weight.shape[0], backend)

@@ -18,7 +18,7 @@ DEFAULT_CHUNK_BYTES_ELSEWHERE = 768 << 20
 STRATEGIES = {
     "one-pass": "the loss knows its derivative in the chunk: the gradient is made at once",
     "kept-logits": "all logits fit chunk_bytes twice: kept for the backward, nothing recomputed",
-    "unit-gradient": "frozen head: the forward stores dlse/dhidden, the backward scales its rows",
+    "unit-gradient": "frozen head: the forward stores unit gradients, the backward scales rows",
     "recompute": "the backward makes each chunk's logits again",
     "forward": "no input needs a gradient",
 }
@@ -90,13 +90,9 @@ def make_plan(
     low_precision = hidden.element_size() < accumulator
     separate_gradient = separate_gradient or low_precision
     logit = accumulator + hidden.element_size() * separate_gradient
-    if chunk_bytes is not None and chunk_bytes < 0:
-        raise ValueError(f"chunk_bytes must not be negative, got {chunk_bytes}")
-    if chunk_bytes is None:
-        chunk_bytes = DEFAULT_CHUNK_BYTES.get(hidden.device.type, DEFAULT_CHUNK_BYTES_ELSEWHERE)
-    most = max(min(chunk_bytes // (vocabulary * logit), tokens), 1)
-    chunks = max(-(-tokens // most), 1)
-    chunk_tokens = max(-(-tokens // chunks), 1)
+    chunk_tokens, most, chunk_bytes = chunks_of(
+        tokens, vocabulary * logit, chunk_bytes, hidden.device.type
+    )
     operations = 2 + 2 * needs[0] + 2 * needs[1]
     peak = chunk_tokens * vocabulary * logit
     kept = tokens * vocabulary * accumulator
@@ -111,7 +107,7 @@ def make_plan(
     elif coupled:
         strategy, operations = "recompute", operations + 2
     if low_precision:
-        peak += _beside_low_precision(hidden, weight, needs)
+        peak += beside_low_precision(hidden, weight, needs)
     return LinearPlan(
         strategy, tokens, hidden_size, vocabulary, chunk_tokens,
         operations * tokens * hidden_size * vocabulary,
@@ -119,7 +115,20 @@ def make_plan(
     )  # fmt: skip
 
 
-def _beside_low_precision(hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> int:
+def chunks_of(
+    tokens: int, token_bytes: int, chunk_bytes: int | None, device: str
+) -> tuple[int, int, int]:
+    """(tokens of a chunk, the most that the budget allows, the budget), chunks of equal size."""
+    if chunk_bytes is None:
+        chunk_bytes = DEFAULT_CHUNK_BYTES.get(device, DEFAULT_CHUNK_BYTES_ELSEWHERE)
+    if chunk_bytes < 0:
+        raise ValueError(f"chunk_bytes must not be negative, got {chunk_bytes}")
+    most = max(min(chunk_bytes // token_bytes, tokens), 1)
+    chunks = max(-(-tokens // most), 1)
+    return max(-(-tokens // chunks), 1), most, chunk_bytes
+
+
+def beside_low_precision(hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> int:
     """Bytes of dweight's fp32 sum, which is rounded at the end, and on a CPU of fp32 slices."""
     accumulator = statistics_dtype(hidden).itemsize
     peak = weight.numel() * accumulator if needs[1] else 0

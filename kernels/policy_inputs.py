@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .aggregation import token_weight
 from .checks import check_finite, check_name, check_per_token, check_positive, check_rows
-from .kl import KL_ESTIMATORS
+from .kl import POLICY_KL_ESTIMATORS
 from .reference import statistics_dtype
 from .surrogates import LEVELS, SURROGATES, PolicyOptions
 
@@ -53,7 +53,12 @@ def prepare_policy(
     check_positive(epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
     check_finite(beta=beta, entropy_coef=entropy_coef)
     check_name("surrogate", surrogate, SURROGATES)
-    check_name("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    check_name("kl_estimator", kl_estimator, POLICY_KL_ESTIMATORS)
+    if kl_estimator == "k3_ratio" and SURROGATES[surrogate].clip_token is not None:
+        raise ValueError(
+            f"kl_estimator 'k3_ratio' needs pi / pi_old, of which surrogate {surrogate!r} clips "
+            "the tokens: use 'k1', 'k2' or 'k3'"
+        )
     _check_level(surrogate, importance_sampling_level, rows, loss_agg_mode, cu_seqlens)
     if beta != 0 and ref_logp is None:
         raise ValueError(f"beta is {beta} but ref_logp is None: pass ref_logp or set beta to 0")

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from .backend import resolve_backend, takes_short_way, tl, triton
 from .checks import check_inplace, check_targets_in_range
-from .kl import token_kl
+from .kl import policy_kl
 from .policy_inputs import prepare_policy
 from .rows import (
     ONE_SWEEP_TILE,
@@ -106,7 +106,7 @@ def _policy_loss_kernel(
             loss *= ratio
             dlogp *= ratio
         if RefLogp is not None:
-            kl, dkl = token_kl(logp, tl.load(RefLogp + row), KL_ESTIMATOR)
+            kl, dkl = policy_kl(logp, old_logp, tl.load(RefLogp + row), KL_ESTIMATOR)
             tl.store(KL + row, kl)
             if beta != 0:
                 loss += beta * kl
@@ -330,7 +330,9 @@ def policy_loss(
             epsilon_high None = epsilon.
         delta: bound on the ratio where the advantage is negative (dual clip); None = none.
         beta: coefficient of the KL term.
-        kl_estimator: "k1", "k2" or "k3" (see KL_ESTIMATORS for what their gradients estimate).
+        kl_estimator: "k1", "k2", "k3", or "k3_ratio", which is k3 times pi / pi_old at the
+            importance_sampling_level: its gradient is the reverse KL's, off-policy too. See
+            KL_ESTIMATORS for what the others' gradients estimate.
         entropy_coef: coefficient of the entropy bonus.
         temperature: positive; divides the logits before everything else.
         importance_sampling_level: "token": each token has its own ratio; "sequence": a sequence's

@@ -93,25 +93,28 @@ def _scan(x: Tensor, c: Tensor, carry: Tensor) -> Tensor:
     if pad:
         x, c = (torch.nn.functional.pad(part, (pad, 0)) for part in (x, c))
     # (K, blocks): a step of all blocks works on neighbours in memory
-    x, c = (part.reshape(rows * blocks, size).t().contiguous() for part in (x, c))
-    for t in range(size - 2, -1, -1):
-        x[t].addcmul_(c[t], x[t + 1])
-        c[t].mul_(c[t + 1])
+    x, c = (part.reshape(rows * blocks, size).t() for part in (x, c))
+    c = c.contiguous()
+    # what the block from t on adds to P_t, and the coefficient of what enters the block
+    span = torch.empty((size, 2, rows * blocks), dtype=x.dtype, device=x.device)
+    span[:, 0], span[:-1, 1], span[-1, 1] = x, 0, c[-1]
+    steps = list(zip(span.unbind(), c.unbind(), strict=True))
+    for (left, coefficient), (right, _) in zip(steps[-2::-1], steps[:0:-1], strict=True):
+        left.addcmul_(coefficient, right)
     if blocks > 1:
-        carry = _scan(x[0].view(rows, blocks), c[0].view(rows, blocks), carry).reshape(-1)
-    following = torch.empty_like(x)
+        heads, coefficients = span[0].view(2, rows, blocks)
+        carry = _scan(heads, coefficients, carry).reshape(-1)
+    following = torch.empty_like(c)
     following[-1] = carry
-    torch.addcmul(x[1:], c[1:], carry, out=following[:-1])
+    torch.addcmul(span[1:, 0], span[1:, 1], carry, out=following[:-1])
     return following.t().reshape(rows, blocks * size)[:, pad:]
 
 
 def _has_holes(mask: Tensor) -> bool:
     """Whether some row's counted tokens are not all next to each other."""
-    starts = torch.gt(mask[:, 1:], mask[:, :-1])
-    if not starts.any():
-        return False
-    count = starts.view(torch.int8).sum(1, dtype=torch.int32) + mask[:, 0]
-    return bool(count.max() > 1)
+    starts = torch.gt(mask[:, 1:], mask[:, :-1]).view(torch.int8)
+    count = starts.sum(1, dtype=torch.int32) + mask[:, 0]
+    return bool((count > 1).any())
 
 
 def last_counted(mask: Tensor) -> Tensor:
@@ -120,6 +123,20 @@ def last_counted(mask: Tensor) -> Tensor:
     place = mask.view(torch.int8).flip(1).argmax(1, keepdim=True)
     marked = torch.zeros_like(mask).scatter_(1, mask.shape[1] - 1 - place, True)
     return marked & mask
+
+
+def _coefficients(
+    coefficient: float, mask: Tensor, goes_on: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """c (B, T): 1 where masked, else the coefficient, 0 where counted and not going on.
+
+    Composed of bits, as two torch.where take five times as long.
+    """
+    one, given = torch.tensor([1.0, coefficient], dtype=dtype).view(SAME_SIZE[dtype]).tolist()
+    bits = _bits(mask, dtype).bitwise_and_(one ^ given).bitwise_xor_(one)
+    if goes_on is not None:
+        bits.bitwise_and_(_bits(goes_on | ~mask, dtype))
+    return bits.view(dtype)
 
 
 def _next_values(
@@ -146,9 +163,7 @@ def _next_values(
             x[:, 1:] = torch.where(after, carry[:, None], x[:, 1:])
             carry = torch.where(mask[:, -1], carry, 0)
         return _scan_constant(x, coefficient, carry, out)
-    zero = x.new_zeros(())
-    goes_on = mask if goes_on is None else goes_on
-    c = torch.where(mask, torch.where(goes_on, zero + coefficient, zero), zero + 1)
+    c = _coefficients(coefficient, mask, goes_on, x.dtype)
     return _scan(x, c, x.new_zeros(len(x)) if carry is None else carry)
 
 

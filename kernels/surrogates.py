@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import surrogate_formulas as formulas
-from .kl import KL_ESTIMATORS
+from .kl import policy_kl_terms
 
 LEVELS = ("token", "sequence")
 
@@ -127,7 +127,7 @@ def policy_terms(
         loss, dlogp = loss * importance_sampling_ratio, dlogp * importance_sampling_ratio
     kl = None
     if ref_logp is not None:
-        kl, dkl = KL_ESTIMATORS[options.kl_estimator](logp, ref_logp)
+        kl, dkl = policy_kl_terms(logp, old_logp, ref_logp, options.kl_estimator)
         if options.beta:
             loss, dlogp = loss + options.beta * kl, dlogp + options.beta * dkl
     if options.entropy_coef:

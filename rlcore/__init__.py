@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .kernels.backend import use_backend
     from .kernels.categorical import categorical_kl
     from .kernels.fisher import fisher_vector_product
+    from .kernels.linear_categorical import linear_categorical_kl
     from .kernels.linear_head import linear_policy_loss, linear_token_logprob, plan_linear
     from .kernels.linear_plan import LinearPlan
     from .kernels.linear_preference import linear_preference_loss
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .kernels.surrogate_registration import register_surrogate
     from .kernels.token_logprob import TokenLogprob, token_logprob
     from .losses import pairwise_reward_loss, token_kl, value_loss
+    from .model_head import ModelHead, fused_head
     from .trust_region import CGResult, LineSearch, conjugate_gradient, line_search
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "GAEFromScores": "kernels.scan",
     "LineSearch": "trust_region",
     "LinearPlan": "kernels.linear_plan",
+    "ModelHead": "model_head",
     "PolicyLoss": "kernels.policy_loss",
     "PreferenceLoss": "kernels.preference_loss",
     "TokenLogprob": "kernels.token_logprob",
@@ -50,6 +53,7 @@ _HOMES = {
     "conjugate_gradient": "trust_region",
     "discounted_return": "kernels.scan",
     "fisher_vector_product": "kernels.fisher",
+    "fused_head": "model_head",
     "gae": "kernels.scan",
     "gae_from_scores": "kernels.scan",
     "group_advantage": "advantages",
@@ -58,6 +62,7 @@ _HOMES = {
     "kto_loss": "kernels.preference_loss",
     "leave_one_out_advantage": "advantages",
     "line_search": "trust_region",
+    "linear_categorical_kl": "kernels.linear_categorical",
     "linear_policy_loss": "kernels.linear_head",
     "linear_preference_loss": "kernels.linear_preference",
     "linear_token_logprob": "kernels.linear_head",

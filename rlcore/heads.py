@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import rlcore as rl
 from rlcore.errors import UserError
 from rlcore.kernels.preference_answers import composed_preference_loss
-from rlcore.models import completion_logits, completion_outputs
+from rlcore.models import completion_logits, completion_outputs, unwrapped
 from rlcore.packing import pack, packed_outputs
 
 
@@ -97,14 +98,14 @@ class FusedHead:
         """`rl.linear_token_logprob` of the completions."""
         hidden = self._hidden(model, batch)
         return rl.linear_token_logprob(
-            hidden, self.layer.weight, batch.target, mask=batch.mask, **self._options(), **options
+            hidden, self.layer.weight, batch.target, mask=batch.mask, **self.options(), **options
         )
 
     def policy_loss(
         self, model: Any, batch: Completions, advantage: torch.Tensor, **options: Any
     ) -> rl.PolicyLoss:
         """`rl.linear_policy_loss` of the completions."""
-        options = {"mask": batch.mask} | self._options() | options
+        options = {"mask": batch.mask} | self.options() | options
         hidden = self._hidden(model, batch)
         return rl.linear_policy_loss(hidden, self.layer.weight, batch.target, advantage, **options)
 
@@ -115,10 +116,10 @@ class FusedHead:
         hidden = self._hidden(model, batch)
         return rl.linear_preference_loss(
             hidden, self.layer.weight, batch.target, batch.mask, ref_logp,
-            **self._options(), **options,
+            **self.options(), **options,
         )  # fmt: skip
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         return {
             "bias": self.layer.bias,
             "softcap": self.softcap,
@@ -127,13 +128,14 @@ class FusedHead:
 
     def _hidden(self, model: Any, batch: Completions) -> torch.Tensor:
         """(B, C, H): what the head would have turned into the completions' logits."""
-        with _stopped_at(self.layer) as seen:
-            if self.padding_free:
-                packed = pack(*_place(batch))
-                packed_outputs(model, packed)
-                return packed.unpack(seen[-1])
-            completion_outputs(model, *_place(batch))
-        return seen[-1][:, -batch.target.shape[1] :]
+        packed = pack(*_place(batch)) if self.padding_free else None
+        with stopped_at(self.layer) as seen:
+            if packed:
+                outputs = packed_outputs(model, packed)
+            else:
+                outputs = completion_outputs(model, *_place(batch))
+        hidden = joined(seen[-1], outputs.logits, model)
+        return packed.unpack(hidden) if packed else hidden[:, -batch.target.shape[1] :]
 
 
 Head = LogitsHead | FusedHead
@@ -144,19 +146,31 @@ def _place(batch: Completions) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 @contextlib.contextmanager
-def _stopped_at(layer: torch.nn.Linear) -> Iterator[list[torch.Tensor]]:
+def stopped_at(layer: torch.nn.Linear) -> Iterator[list[torch.Tensor]]:
     """Collects the layer's inputs, and lets it make a single column of its output."""
     seen: list[torch.Tensor] = []
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         seen.append(hidden)
-        return hidden[..., :1]
+        return hidden[..., :1].clone()
 
+    # a layer may have a forward of its own already, put there by another library
+    own = vars(layer).get("forward")
     layer.forward = forward
     try:
         yield seen
     finally:
         del layer.forward
+        if own is not None:
+            layer.forward = own
+
+
+def joined(hidden: torch.Tensor, logits: torch.Tensor, model: Any) -> torch.Tensor:
+    """What the head was given, (..., H), as a part of what the model gave, (..., 1)."""
+    if not isinstance(unwrapped(model), FSDPModule):
+        return hidden
+    # FSDP2 reduces the root's gradients when one has come in through the model's own outputs
+    return hidden + (0 * logits).to(hidden.dtype)
 
 
 def choose_head(policy: Any, fused: bool) -> tuple[Head, str | None]:
@@ -171,12 +185,18 @@ def choose_head(policy: Any, fused: bool) -> tuple[Head, str | None]:
     if layer is None:  # a classifier
         return LogitsHead(), None
     # an adapter or a quantised layer is no plain Linear, and its weight is not the whole truth
-    if type(layer) is not torch.nn.Linear:
+    if not _is_plain_linear(layer):
         return LogitsHead(), f"its head is a {type(layer).__name__}, not a plain linear layer"
     head = FusedHead(layer, *_logit_options(policy))
     if not _agree(head, LogitsHead(), policy):
         return LogitsHead(), f"{type(policy).__name__} does more to its logits than is known here"
     return head, None
+
+
+def _is_plain_linear(layer: torch.nn.Module) -> bool:
+    """Whether it is a Linear and nothing more; FSDP2 makes a class of its own of a sharded one."""
+    kind = type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
+    return kind is torch.nn.Linear
 
 
 def _logit_options(policy: Any) -> tuple[float | None, float]:

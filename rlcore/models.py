@@ -142,12 +142,23 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def unwrapped(model: Any) -> Any:
+    """The model without what DDP, torch.compile and peft have put around it."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "module"):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def forward_options(model: torch.nn.Module) -> set[str]:
     """The names that the model's forward takes, whatever it is wrapped in."""
-    while hasattr(model, "module"):
-        model = model.module
     # The class has the signature; the instance's forward may be wrapped for mixed precision.
-    return set(inspect.signature(type(model).forward).parameters)
+    return set(inspect.signature(type(unwrapped(model)).forward).parameters)
 
 
 def completion_logits(

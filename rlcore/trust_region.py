@@ -81,6 +81,7 @@ def conjugate_gradient(
         alpha = torch.where(running, rr / curvature, 0.0)
         x = [part + alpha * step for part, step in zip(x, p, strict=True)]
         r = [part - alpha * step for part, step in zip(r, product, strict=True)]
+        del product  # the next one needs its room
         rr_before, rr = rr, torch.where(running, _dot(r, r), rr)
         iterations += running
         running = running & ~(rr <= bound)

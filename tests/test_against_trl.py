@@ -133,6 +133,22 @@ def test_loss_and_gradient_are_trls(loss_type, level, names):
     )
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", SAME)
+def test_the_kl_times_the_ratio_is_trls_bias_correction(loss_type, level):
+    inputs = made("ref_logp", "importance_sampling_ratio")
+    high = {"epsilon_high": 1.3 if loss_type == "cispo" else 0.3}
+    mine = {} if loss_type == "sapo" else high
+    shared = {"importance_sampling_level": level, "beta": 0.3}
+    corrected = theirs(inputs, loss_type=loss_type, bias_correction=True, **shared, **high)
+    out = ours(inputs, kl_estimator="k3_ratio", **shared, **SAME[loss_type], **mine)
+    assert_same(out, corrected)
+    plain = theirs(inputs, loss_type=loss_type, **shared, **high)
+    assert (plain[0] - corrected[0]).abs() > 1e-3
+    mask = inputs.options["mask"]
+    assert corrected[2]["kl"] == [pytest.approx(out[0].kl[mask].mean().item())]
+
+
 def test_sapos_defaults_are_trls():
     from trl import GRPOConfig
 

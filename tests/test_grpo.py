@@ -66,6 +66,17 @@ def test_at_sequence_level_they_are_the_formulas_too(tmp_path, loss_type):
     assert_near(cut, gradient, 3e-6)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("policy", [{"ref": 0.4}, OFF_POLICY], ids=["on-policy", "off-policy"])
+def test_the_kl_times_the_ratio_is_the_formulas(tmp_path, policy, level):
+    made = make.experience(**policy)
+    options = {"beta": 0.3, "kl_estimator": "k3_ratio", "importance_sampling_level": level}
+    metrics, gradient = update(tmp_path, made, **options)
+    loss, expected = naive(tmp_path, made, **options)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert_near(gradient, expected)
+
+
 CUTS = [
     {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},

@@ -125,6 +125,41 @@ def test_every_strategy_gives_the_same_gradient(dtype, head, backend):
         assert (other - first).norm() <= rounding * first.norm()
 
 
+# needs, entropy_coef, tokens in the budget -> products
+SEQUENCE_LEVEL = [
+    ((True, True, True), 0.0, 2 * N, 6),
+    ((True, True, True), 0.0, 8, 8),
+    ((True, False, False), 0.0, 8, 4),
+    ((True, False, False), 0.1, 8, 6),
+]
+
+
+@pytest.mark.parametrize("needs, entropy_coef, tokens, products", SEQUENCE_LEVEL)
+def test_a_loss_at_sequence_level_takes_the_planned_operations(
+    needs, entropy_coef, tokens, products
+):
+    inputs, budget = leaves(needs), {"chunk_bytes": tokens * ROW}
+    entropy = entropy_coef != 0
+    plan = rl.plan_linear(*inputs[:2], bias=inputs[2], loss="logprob", entropy=entropy, **budget)
+    assert plan.operations == products * UNIT
+    boundaries = torch.tensor([0, N // 2, N], dtype=torch.int32, device=DEVICE)
+    results = []
+
+    def run(**options):
+        out = policy(
+            *inputs, importance_sampling_level="sequence", cu_seqlens=boundaries,
+            entropy_coef=entropy_coef, old_logp=torch.full((N,), -4.0, device=DEVICE), **options,
+        )  # fmt: skip
+        (dhidden,) = torch.autograd.grad(out.loss, inputs[0])
+        results.append((out.loss.detach(), out.entropy, dhidden))
+        return out.loss.detach()
+
+    assert counted(lambda: run(**budget)) == plan.operations
+    run()
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_masked_tokens_cost_no_product():
     mask = torch.arange(N, device=DEVICE) % 4 != 0
     assert counted(lambda: policy(*leaves(), mask=mask).loss) == 6 * UNIT * 3 // 4

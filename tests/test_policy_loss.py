@@ -62,7 +62,7 @@ def test_without_old_logp_the_ratio_is_one_and_its_gradient_stays(device, backen
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3", "k3_ratio"])
 @pytest.mark.parametrize("surrogate", ["reinforce", "ppo_clip"])
 def test_each_kl_estimator_enters_loss_and_gradient(surrogate, kl_estimator, beta, device, backend):
     names = ("ref_logp", "mask") if surrogate == "reinforce" else ("old_logp", "ref_logp", "mask")

@@ -280,9 +280,11 @@ def expected_gradient(logits: Tensor, advantage: Tensor, **options) -> Tensor:
     return p @ torch.autograd.grad(loss, rows)[0]
 
 
+REVERSE_KL = lambda logp, ref: (logp.exp() * (logp - ref)).sum()  # noqa: E731
 KL_GRADIENTS = {
     "k1": lambda logp, ref: torch.zeros(()) * logp.sum(),
-    "k2": lambda logp, ref: (logp.exp() * (logp - ref)).sum(),
+    "k2": REVERSE_KL,
+    "k3_ratio": REVERSE_KL,
     "k3": lambda logp, ref: (ref.exp() * (ref - logp)).sum(),
 }
 
@@ -298,6 +300,68 @@ def test_on_policy_a_kl_estimators_mean_gradient_is_that_of_its_kl(kl_estimator)
     z = logits.clone().requires_grad_()
     kl = KL_GRADIENTS[kl_estimator](torch.log_softmax(z, 0), ref)
     torch.testing.assert_close(got, torch.autograd.grad(kl, z)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_off_policy_k3_times_ratio_is_unbiased_in_value_and_gradient(backend):
+    """Over the old policy's samples, by enumeration; k3 alone is neither."""
+    logits, old, ref = torch.randn(3, 7, dtype=torch.float64)
+    old, ref = torch.log_softmax(old, 0), torch.log_softmax(ref, 0)
+    z = logits.clone().requires_grad_()
+    kl = REVERSE_KL(torch.log_softmax(z, 0), ref)
+    (want,) = torch.autograd.grad(kl, z)
+    tolerance = {"rtol": 1e-6, "atol": 1e-8}
+    for kl_estimator, unbiased in {"k3_ratio": True, "k3": False}.items():
+        rows, target, _ = every_token(logits)
+        rows.requires_grad_()
+        out = rl.policy_loss(
+            rows, target, torch.zeros(7).double(), old_logp=old, ref_logp=ref, beta=1.0,
+            kl_estimator=kl_estimator, epsilon=1e9, num_items=1, backend=backend,
+            loss_agg_mode="token-mean",
+        )  # fmt: skip
+        value = old.exp() @ out.kl
+        gradient = old.exp() @ torch.autograd.grad(out.loss, rows)[0]
+        assert torch.allclose(value, kl.detach(), **tolerance) == unbiased
+        assert torch.allclose(gradient, want, **tolerance) == unbiased
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_k3_times_ratio_is_the_same_through_the_fused_head(level, backend):
+    hidden, weight = torch.randn(2, 5, 4).double(), torch.randn(30, 4).double()
+    logits = (hidden @ weight.T).requires_grad_()
+    inputs = policy_inputs(logits.detach(), "old_logp", "ref_logp", "mask", masked=0.3)
+    options = inputs.options | {"beta": 0.4, "kl_estimator": "k3_ratio", "backend": backend}
+    options["importance_sampling_level"] = level
+    given = (inputs.target, inputs.advantage.double())
+    want = rl.policy_loss(logits, *given, **options)
+    leaf = hidden.clone().requires_grad_()
+    got = rl.linear_policy_loss(leaf, weight, *given, chunk_bytes=800, **options)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got.kl, want.kl, rtol=1e-6, atol=1e-7)
+    (dlogits,) = torch.autograd.grad(want.loss, logits)
+    (dhidden,) = torch.autograd.grad(got.loss, leaf)
+    torch.testing.assert_close(dhidden, dlogits @ weight, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", [rl.token_kl, rl.shaped_reward, rl.gae_from_scores])
+def test_k3_times_ratio_is_refused_where_no_policy_that_sampled_is_known(function):
+    row, x, flag = torch.ones(2), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    given = {
+        rl.token_kl: ((x, x), {}),
+        rl.shaped_reward: ((row, x, x, flag), {"beta": 0.1}),
+        rl.gae_from_scores: ((row, x, x, x, flag), {"beta": 0.1}),
+    }
+    arguments, options = given[function]
+    with pytest.raises(ValueError, match=r"kl_estimator.*k3_ratio"):
+        function(*arguments, kl_estimator="k3_ratio", **options)
+
+
+def test_k3_times_ratio_is_refused_where_tokens_ratios_are_clipped():
+    inputs = policy_inputs(batch(2, 4, 30, torch.float32), "old_logp", "ref_logp")
+    with pytest.raises(ValueError, match=r"k3_ratio.*gmpo"):
+        rl.policy_loss(
+            inputs.logits, inputs.target, inputs.advantage, **inputs.options, surrogate="gmpo",
+            importance_sampling_level="sequence", beta=0.1, kl_estimator="k3_ratio",
+        )  # fmt: skip
 
 
 def test_reinforces_mean_gradient_is_that_of_the_expected_reward():

@@ -13,7 +13,13 @@ from helpers.tiny import save_tiny, tiny_model
 from rlcore.errors import TrainingDiverged, UserError
 from rlcore.natural_gradient import Fisher
 from rlcore.trainers import trpo
-from rlcore.trainers.trpo import TRPOConfig, _policy, _update, train_trpo
+from rlcore.trainers.trpo import (
+    TRPOConfig,
+    _policy,
+    _surrogate_gradient,
+    _update,
+    train_trpo,
+)
 
 KINDS = ("gpt2", "llama", "qwen2", "gemma2")
 OPTIONS = {"num_generations": 4, "cg_iterations": 4, "cg_damping": 0.1, "max_steps": 10}
@@ -64,6 +70,19 @@ def test_the_fisher_product_is_the_hessian_of_the_kl_times_the_vector(tmp_path, 
     found = flat(Fisher(policy, [made], float(made.mask.sum()))(vector))
     expected = kl_curvature(policy, made, vector)
     assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_the_policy_gradient(tmp_path, kind):
+    run, made = make_run(tmp_path, kind, temperature=0.8), grpo.experience()
+    policy = _policy(run)
+    gradient, metrics = _surrogate_gradient(run, 1, policy, [made], float(made.mask.sum()))
+    logp, entropy = grpo.naive_logp(run.policy, made, 0.8)
+    surrogate = (logp * made.advantage[:, None])[made.mask].mean()
+    expected = flat(torch.autograd.grad(surrogate, list(policy.parameters.values())))
+    assert (flat(gradient) - expected).norm() < 1e-5 * expected.norm()
+    assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(float(entropy[made.mask].mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -229,11 +229,16 @@ def gae(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _head_bytes(case: Case) -> float:
-    return 2 * (case.N + case.V) * case.H * itemsize(case)
+    """Hidden and weight read; without a gradient that is all, else both gradients written too."""
+    return (1 + _takes_gradient(case)) * (case.N + case.V) * case.H * itemsize(case)
 
 
 def _head_products(case: Case) -> float:
-    return 6.0 * case.counted * case.H * case.V
+    return (2.0 + 4.0 * _takes_gradient(case)) * case.counted * case.H * case.V
+
+
+def _takes_gradient(case: Case) -> bool:
+    return case.direction != "forward"
 
 
 HEAD = {"bytes": _head_bytes, "products": _head_products, "leaves": ("hidden", "weight")}

@@ -35,7 +35,7 @@ LOSS_TYPES = {
     "sapo": LossType("seq-mean-token-mean", surrogate="sapo"),
 }
 LEVELS = ("token", "sequence")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3_ratio")
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ class GRPOConfig(SamplingConfig):
     epsilon_high: float | None = None  # and above 1 + epsilon_high; None: epsilon
     delta: float | None = None  # the ratio's bound where the advantage is negative; None: none
     beta: float = 0.0  # weight of the KL to the reference; 0: no reference is loaded
-    kl_estimator: str = "k3"  # k1, k2 or k3
+    kl_estimator: str = "k3"  # k1, k2, k3 or k3_ratio (k3 times the importance ratio)
     entropy_coef: float = 0.0  # weight of the entropy bonus
 
     @property

@@ -46,6 +46,8 @@ def policy_loss_checks(op: Callable, backend: str) -> Iterator[Callable[[], None
     yield check(flat(32, 130, torch.float32), *ALL, **EVERYTHING, **CLIP_HIGHER)
     yield check(flat(32, 130, torch.float32), "old_logp", "ref_logp", beta=0.1, kl_estimator="k1")
     yield check(flat(4, 130, torch.float32), "ref_logp", beta=0.5, kl_estimator="k2")
+    names = ("old_logp", "ref_logp")
+    yield check(flat(32, 130, torch.float32), *names, beta=0.5, kl_estimator="k3_ratio")
     yield check(flat(4, 130, torch.float32), "mask", surrogate="reinforce", upstream=1.7)
     yield check(flat(2, 9001, torch.float32), "ref_logp", **EVERYTHING)
     yield check(flat(2, 20_000, torch.bfloat16), entropy_coef=0.1)

@@ -114,7 +114,10 @@ def naive_loss(model: Any, made: Experience, config: GRPOConfig) -> torch.Tensor
         loss = loss - config.entropy_coef * entropy[row, counted]
         if config.beta:
             gap = made.ref_logp[row, counted].double() - new
-            loss = loss + config.beta * (gap.exp() - 1 - gap)
+            kl = gap.exp() - 1 - gap
+            if config.kl_estimator == "k3_ratio":
+                kl = kl * log_ratio.exp()
+            loss = loss + config.beta * kl
         rows.append(loss)
     tokens = sum(len(row) for row in rows)
     sequences = sum(map(bool, map(len, rows)))

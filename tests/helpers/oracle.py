@@ -134,7 +134,9 @@ def policy_loss(
         loss = loss * counted(importance_sampling_ratio)
     kl = None
     if ref_logp is not None:
-        kl = KL[kl_estimator](logp, counted(ref_logp))
+        kl = KL[kl_estimator.removesuffix("_ratio")](logp, counted(ref_logp))
+        if kl_estimator.endswith("_ratio"):
+            kl = kl * torch.exp(log_ratio)
         loss = loss + beta * kl
     loss = loss - entropy_coef * entropy
     scalar = aggregate(loss, mask, loss_agg_mode, num_items, norm_length, cu_seqlens)
