@@ -9,9 +9,14 @@ FLAGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+LOWEST_TRL := $(VENV)/trl-lowest
+# verl and OpenRLHF, which pin versions that are not ours and install a package called `tests`
+PEERS := $(VENV)/peers
+LOWEST_PEERS := $(VENV)/peers-lowest
+PEER_TESTS := tests_integrations/test_*verl*.py tests_integrations/test_openrlhf.py
 PIP := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-integrations lint bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -19,6 +24,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --benchmark-disable
+
+# The peers' own packages, each at its newest and at the lowest version supported.
+test-integrations: $(VENV)/.installed-integrations
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests_integrations/test_trl*.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(LOWEST_TRL) RLCORE_TRL=1.10 \
+		$(RUN) -m pytest tests_integrations/test_trl*.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(PEERS) $(RUN) -m pytest $(PEER_TESTS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(LOWEST_PEERS) $(RUN) -m pytest $(PEER_TESTS)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
@@ -45,4 +58,13 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) -e '.[bench]'
+	touch $@
+
+$(VENV)/.installed-integrations: $(VENV)/.installed
+	$(PIP) -e '.[integrations]'
+	rm -rf $(LOWEST_TRL)
+	$(PIP) --no-deps --target $(LOWEST_TRL) 'trl==1.10.*'
+	rm -rf $(PEERS) $(LOWEST_PEERS)
+	$(PIP) --no-deps --target $(PEERS) verl==0.9.1 openrlhf==0.11.2
+	$(PIP) --no-deps --target $(LOWEST_PEERS) verl==0.7.1 openrlhf==0.10.0
 	touch $@

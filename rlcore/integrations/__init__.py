@@ -1,0 +1,1 @@
+"""rlcore's losses in other trainers; a peer is imported when something of it is patched."""

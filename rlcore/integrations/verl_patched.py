@@ -1,0 +1,7 @@
+"""Its import patches verl: for actor_rollout_ref.model.external_lib, which the workers import."""
+
+from __future__ import annotations
+
+from .verl import patch
+
+patch()
