@@ -41,12 +41,22 @@ def unit_of(*given: Tensor | None) -> Tensor:
 class Gathered:
     """The gradients of hidden, weight and bias, gathered chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, products: Products, needs: tuple[bool, bool, bool]):
+    def __init__(
+        self,
+        hidden: Tensor,
+        products: Products,
+        needs: tuple[bool, bool, bool],
+        keeper: Chunk | None = None,
+    ):
+        """With a `keeper`, whose dz has room for every token, dweight is made at the end."""
         weight, accumulator = products.weight, products.accumulator
         like = {"dtype": accumulator, "device": weight.device}
         self.products = products
         self.dhidden = torch.zeros_like(hidden) if needs[0] else None
-        self.dweight = torch.zeros(weight.shape, **like) if needs[1] else None
+        self.hidden, self.keeper, self.kept = hidden, keeper, []
+        self.dweight = None
+        if needs[1] and keeper is None:
+            self.dweight = torch.zeros(weight.shape, **like)
         self.dbias = torch.zeros(weight.shape[0], **like) if needs[2] else None
 
     def add(self, ds: Tensor, hidden: Tensor, rows: slice | Tensor, keep: Tensor | None) -> None:
@@ -54,9 +64,14 @@ class Gathered:
         if keep is not None and not keep.all():
             kept = keep.nonzero().squeeze(-1)
             ds, hidden = ds[kept], hidden[kept]
+            if self.keeper is not None:
+                ds = self.keeper.dz[: len(kept)].copy_(ds)
             rows = kept + rows.start if isinstance(rows, slice) else rows[kept]
         if self.dhidden is not None:
             self.dhidden[rows] = self.products.dhidden(ds)
+        if self.keeper is not None:
+            self.keeper.dz = self.keeper.dz[len(ds) :]  # the next chunk's stands behind it
+            self.kept.append(rows)
         if self.dweight is not None:
             self.products.add_dweight(ds, hidden, self.dweight)
         if self.dbias is not None:
@@ -64,10 +79,19 @@ class Gathered:
 
     def finish(self, unit: Tensor | None, dtype: torch.dtype) -> Gradients3:
         """The gradients times `unit` in `dtype`."""
+        if self.keeper is not None:
+            every = torch.cat([*map(self._indices, self.kept), self._indices(slice(0, 0))])
+            hidden = self.hidden if len(every) == len(self.hidden) else self.hidden[every]
+            self.dweight = self.products.dweight(self.keeper.every_dz[: len(every)], hidden)
         gradients = (self.dhidden, self.dweight, self.dbias)
         if unit is not None:
             gradients = (None if g is None else g.float() * unit for g in gradients)
         return [None if g is None else g.to(dtype) for g in gradients]
+
+    def _indices(self, rows: slice | Tensor) -> Tensor:
+        if isinstance(rows, slice):
+            return torch.arange(rows.start, rows.stop, device=self.hidden.device)
+        return rows
 
 
 class Chunk:
@@ -84,7 +108,9 @@ class Chunk:
         self.z = self.dz = torch.empty((tokens, width), **like)[:, :vocabulary]
         if gradient and (products.low_precision or run.head.softcap is not None):
             like["dtype"] = products.weight.dtype
+            tokens = run.plan.tokens if run.plan.one_dweight else tokens
             self.dz = torch.empty((tokens, width), **like)[:, :vocabulary]
+        self.every_dz = self.dz
 
 
 def at_rows(tensors: list[Tensor | None], rows: slice | Tensor) -> list[Tensor | None]:

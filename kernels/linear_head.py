@@ -89,7 +89,7 @@ def _statistics(
     needs = _needs(flat, weight, bias)
     plan = make_plan(
         flat, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=True,
-        separate_gradient=softcap is not None, with_entropy=entropy_gradient,
+        separate_gradient=softcap is not None, with_entropy=entropy_gradient, may_keep_dz=True,
     )  # fmt: skip
     if not _is_plain(flat, weight, bias, target, mask):
         logp, entropies, lse, _, _ = linear_token_logprob_op(
@@ -175,7 +175,7 @@ def linear_policy_loss(
     check_targets_in_range(target, mask, weight.shape[0], backend)
     plan = make_plan(
         flat, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=False,
-        separate_gradient=softcap is not None,
+        separate_gradient=softcap is not None, may_keep_dz=True,
     )  # fmt: skip
     per_token = [None if t is None else t.view(-1) for t in per_token]
     if not _is_plain(flat, weight, bias, target, token_weight, *per_token):
@@ -237,5 +237,5 @@ def plan_linear(
     )
     return make_plan(
         hidden, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=loss == "logprob",
-        separate_gradient=softcap is not None, with_entropy=entropy,
+        separate_gradient=softcap is not None, with_entropy=entropy, may_keep_dz=True,
     )  # fmt: skip

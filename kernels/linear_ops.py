@@ -22,7 +22,7 @@ def _run(hidden, weight, temperature, softcap, logit_scale, chunk_bytes, needs, 
     needs = tuple(needs)
     plan = make_plan(
         hidden, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=coupled,
-        separate_gradient=softcap is not None, keeps=False,
+        separate_gradient=softcap is not None, keeps=False, may_keep_dz=True,
     )  # fmt: skip
     return Run(Head(temperature, softcap, logit_scale), plan, needs, backend)
 

@@ -42,7 +42,8 @@ def policy_pass(
     per_token is [advantage, old_logp, ref_logp, importance_sampling_ratio].
     """
     products = Products(weight, bias)
-    gathered, chunk = Gathered(hidden, products, run.needs), Chunk(products, run)
+    chunk = Chunk(products, run)
+    gathered = Gathered(hidden, products, run.needs, chunk if run.plan.one_dweight else None)
     like = {"dtype": statistics_dtype(hidden), "device": target.device}
     statistics = [torch.zeros(target.shape, **like) for _ in range(4)]
     statistics.append(torch.zeros(target.shape, dtype=torch.bool, device=target.device))
@@ -91,7 +92,7 @@ def logprob_pass(
 ) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
     """[logp, entropy, lse, row_max, log_sum], each (N,) or None, and what the plan keeps."""
     products = Products(weight, bias)
-    chunk = Chunk(products, run)
+    chunk = Chunk(products, run, run.plan.strategy == "unit-gradient")
     like = {"dtype": statistics_dtype(hidden), "device": target.device}
     on_triton = run.backend == "triton"
     present = (True, with_entropy, True, on_triton, on_triton)
@@ -168,7 +169,8 @@ def logprob_backward(
     each chunk's logits are made again.
     """
     products = Products(weight, bias)
-    gathered, chunk = Gathered(hidden, products, run.needs), Chunk(products, run)
+    chunk = Chunk(products, run)
+    gathered = Gathered(hidden, products, run.needs, chunk if run.plan.one_dweight else None)
     unit = None
     if hidden.dtype == torch.float16 and len(target):
         unit = unit_of(*(None if g is None else torch.where(mask, g, 0.0) for g in given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .blocks import statistics_dtype
@@ -37,6 +38,8 @@ class LinearPlan:
         passes: how often a token's logits are made.
         peak_bytes: memory above the inputs and the gradients that are returned.
         most_tokens: tokens whose logits the budget allows at one time.
+        one_dweight: every token's bfloat16 gradient of the logits is kept to the end, in no more
+            memory than a float32 sum of dweight would take, and dweight is one product.
     """
 
     strategy: str
@@ -48,6 +51,7 @@ class LinearPlan:
     passes: int
     peak_bytes: int
     most_tokens: int
+    one_dweight: bool = False
 
     @property
     def num_chunks(self) -> int:
@@ -74,6 +78,7 @@ def make_plan(
     separate_gradient: bool = False,
     with_entropy: bool = True,
     keeps: bool = True,
+    may_keep_dz: bool = False,
 ) -> LinearPlan:
     """The plan for hidden (N, H) and weight (V, H).
 
@@ -84,6 +89,7 @@ def make_plan(
         separate_gradient: the logits' gradient cannot overwrite them (softcap needs both).
         with_entropy: whether a coupled loss may differentiate the entropy.
         keeps: whether a coupled loss may keep logits or gradients from its forward.
+        may_keep_dz: whether the pass can keep every token's gradient of the logits.
     """
     (tokens, hidden_size), vocabulary = hidden.shape, weight.shape[0]
     accumulator = statistics_dtype(hidden).itemsize
@@ -106,13 +112,27 @@ def make_plan(
         peak += tokens * hidden_size * accumulator
     elif coupled:
         strategy, operations = "recompute", operations + 2
+    one_dweight = False
     if low_precision:
-        peak += beside_low_precision(hidden, weight, needs)
+        beside = beside_low_precision(hidden, weight, needs)
+        kept_dz = _beyond_a_chunk(hidden, vocabulary, chunk_tokens)
+        one_dweight = may_keep_dz and needs[1] and hidden.dtype == torch.bfloat16
+        one_dweight = one_dweight and kept_dz <= weight.numel() * accumulator
+        if one_dweight:
+            beside += kept_dz - weight.numel() * accumulator
+        peak += beside
     return LinearPlan(
         strategy, tokens, hidden_size, vocabulary, chunk_tokens,
         operations * tokens * hidden_size * vocabulary,
-        2 if strategy == "recompute" else 1, peak, most,
+        2 if strategy == "recompute" else 1, peak, most, one_dweight,
     )  # fmt: skip
+
+
+def _beyond_a_chunk(hidden: Tensor, vocabulary: int, chunk_tokens: int) -> int:
+    """Bytes of every token's gradient of the logits beyond those of a chunk, and of its hidden."""
+    tokens, hidden_size = hidden.shape
+    beyond = max(tokens - chunk_tokens, 0) * vocabulary
+    return (beyond + tokens * hidden_size) * hidden.element_size()
 
 
 def chunks_of(

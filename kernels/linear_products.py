@@ -87,6 +87,10 @@ class Products:
         else:
             torch.addmm(dweight, ds.T, hidden, out_dtype=self.accumulator, out=dweight)
 
+    def dweight(self, ds: Tensor, hidden: Tensor) -> Tensor:
+        """(V, H) = ds^T hidden, rounded once."""
+        return torch.mm(ds.T, hidden)
+
     def _slices(self) -> Iterator[slice]:
         vocabulary, hidden_size = self.weight.shape
         step = max(SLICE_BYTES // (hidden_size * self.accumulator.itemsize), 1)

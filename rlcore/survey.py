@@ -183,7 +183,8 @@ def _run_method(method: Method, directory: Path, start: Start, seed: int) -> Out
     # it is measured here, by itself
     config = dataclasses.replace(config, save_steps=every, eval_dataset=None, eval_steps=0)
     _trained(method.train, config)
-    models = [(0, start.sft), *((n, path) for n, path in checkpoints(directory) if n < steps)]
+    # where the steps do not divide evenly there is one more, near the end
+    models = [(0, start.sft), *checkpoints(directory)[: MEASUREMENTS - 1]]
     measure = partial(_measure, start=start)
     curve = [measure(model, samples=SAMPLES * step / steps) for step, model in models]
     curve.append(measure(directory, samples=SAMPLES))

@@ -65,7 +65,8 @@ def _accuracies(measured: Sequence[Measurement]) -> tuple[str, str]:
 
 def _spread(values: Sequence[float]) -> str:
     median = f"{statistics.median(values):.3f}"
-    return f"{median} ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else median
+    least, most = (f"{value:.3f}".removeprefix("0") for value in (min(values), max(values)))
+    return f"{median} ({least}-{most})" if len(values) > 1 else median
 
 
 def show(console: Console, survey: Survey) -> None:

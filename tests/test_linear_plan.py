@@ -234,6 +234,74 @@ def test_a_memory_tracker_sees_the_planned_peak_and_the_cache_blocks():
     assert plan.peak_bytes <= above <= plan.peak_bytes + blocks + (1 << 20), (above, plan)
 
 
+def peak_above_inputs(tokens: int, hidden_size: int, vocabulary: int, budget: int) -> int:
+    """Bytes that a bfloat16 loss and its gradients take above inputs and gradients."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    leaf = {"dtype": torch.bfloat16, "requires_grad": True}
+    hidden, weight = (
+        torch.randn(tokens, hidden_size, **leaf),
+        torch.randn(vocabulary, hidden_size, **leaf),
+    )
+    target, advantage = torch.zeros(tokens, dtype=torch.long), torch.ones(tokens)
+    tracker = MemTracker()
+    tracker.track_external(hidden, weight, target, advantage)
+    with tracker:
+        rl.linear_policy_loss(
+            hidden, weight, target, advantage, chunk_bytes=budget, backend="torch"
+        ).loss.backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    inputs = sum(t.nbytes for t in (hidden, weight, target, advantage))
+    return peak - inputs - hidden.nbytes - weight.nbytes
+
+
+@pytest.mark.parametrize("tokens, one_dweight", [(512, True), (4096, False)])
+def test_bfloat16_keeps_the_smaller_of_the_logits_gradient_and_the_sum_of_dweight(
+    tokens, one_dweight
+):
+    hidden_size, vocabulary, budget = 512, 8192, 1 << 22
+    hidden, weight = (
+        torch.empty(n, hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        for n in (tokens, vocabulary)
+    )
+    plan = rl.plan_linear(hidden, weight, chunk_bytes=budget)
+    assert plan.num_chunks > 3 and plan.one_dweight == one_dweight
+    smaller = min(2 * tokens * (vocabulary + hidden_size), 4 * vocabulary * hidden_size)
+    slices = 8 << 20
+    assert smaller <= plan.peak_bytes <= smaller + budget + slices
+    above = peak_above_inputs(tokens, hidden_size, vocabulary, budget)
+    # the torch backend's cache blocks stand beside it
+    assert above <= plan.peak_bytes + 4 * (3 << 20), (above, plan)
+
+
+def test_a_dweight_in_one_product_does_not_depend_on_the_chunks():
+    """Nor on where the rows without a gradient stand, which are left out of it."""
+    tokens, hidden_size, vocabulary = 90, 64, 300
+    hidden, weight = (
+        torch.randn(n, hidden_size, device=DEVICE).bfloat16().requires_grad_()
+        for n in (tokens, vocabulary)
+    )
+    target = torch.arange(tokens, device=DEVICE)
+    advantage = torch.randn(tokens, device=DEVICE)
+    advantage[::5] = 0
+    mask = torch.arange(tokens, device=DEVICE) % 7 != 3
+
+    def gradients(chunk_bytes: int | None):
+        plan = rl.plan_linear(hidden, weight, chunk_bytes=chunk_bytes)
+        assert plan.one_dweight and (plan.num_chunks > 5) == (chunk_bytes is not None)
+        out = rl.linear_policy_loss(
+            hidden, weight, target, advantage, mask=mask, chunk_bytes=chunk_bytes, backend="torch"
+        )
+        statistics = rl.linear_token_logprob(
+            hidden, weight, target, mask=mask, chunk_bytes=chunk_bytes, backend="torch"
+        )
+        scalar = out.loss + (statistics.logp * advantage).sum() + statistics.entropy.sum()
+        return torch.autograd.grad(scalar, (hidden, weight))
+
+    for one_chunk, chunks in zip(gradients(None), gradients(vocabulary * 6 * 16), strict=True):
+        torch.testing.assert_close(chunks, one_chunk, atol=0, rtol=2**-8)
+
+
 SCRIPT = """
 import json, re, sys, torch, rlcore as rl
 from pathlib import Path
