@@ -82,7 +82,7 @@ def test_the_gradient_is_the_policy_gradient(tmp_path, kind):
     expected = flat(torch.autograd.grad(surrogate, list(policy.parameters.values())))
     assert (flat(gradient) - expected).norm() < 1e-5 * expected.norm()
     assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-5)
-    assert metrics["entropy"] == pytest.approx(float(entropy[made.mask].mean()), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(entropy[made.mask].mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

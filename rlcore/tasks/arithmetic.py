@@ -371,7 +371,7 @@ def trpo_config(
         num_generations=8,
         max_steps=10,
         lr_min_ratio=0.1,
-        fisher_rows=64,
+        fisher_rows=128,
         max_prompt_length=MAX_PROMPT_LENGTH,
         max_completion_length=MAX_COMPLETION_LENGTH,
     )
