@@ -109,7 +109,7 @@ def _draw(survey: Survey, path: Path) -> None:
         f"{survey.methods[name].label}, {survey.methods[name].judge}": _median(runs)
         for name, runs in survey.outcomes.items()
     }
-    accuracy = "accuracy on held-out problems, sampled"
+    accuracy = "held-out accuracy, sampled"
     plot_lines(
         {
             ("samples", accuracy): {
