@@ -88,24 +88,23 @@ stage large 60 "$PYTHON" -m rlcore bench "${large[@]}" --device "$DEVICE" --no-m
 stage sanitizer 30 bash -c sanitize
 [[ $DEVICE == cpu ]] || stage designs 120 "$PYTHON" benchmarks/head_design_times.py \
     "$RESULTS/$name-designs.json"
-if grep -qx bench "$progress"; then
-    echo "all stages are done: remove $progress to begin again"
-    exit "$status"
-fi
 # it stops by itself and leaves what it has; 40 s are for the case in flight
-bench "${sets[@]}" --output "$json" --resume --limit-seconds $(($(left) - 40)) || status=1
-if "$PYTHON" -c "
+finish_bench() {
+    bench "${sets[@]}" --output "$json" --resume --limit-seconds $(($(left) - 40)) || status=1
+    "$PYTHON" -c "
 import sys
 from rlcore.bench.results import load
-sys.exit(not load(sys.argv[1]).finished)" "$json"; then
+sys.exit(not load(sys.argv[1]).finished)" "$json" || return
     echo bench >>"$progress"
-    shape=forward+backward/bfloat16/N=8192,V=151936,B=8,T=1024
-    [[ $DEVICE == cpu ]] || stage compiled 150 "$PYTHON" -m rlcore bench --compile \
-        --cases policy_loss/$shape token_logprob/$shape cross_entropy/$shape \
-        --output "$RESULTS/$name-compiled.json"
     "$PYTHON" -m rlcore bench report "$json" || echo "no report: matplotlib is missing"
-else
+}
+if ! grep -qx bench "$progress" && ! finish_bench; then
     echo "== bench: cases are left; call again"
-    status=75
+    exit 75
 fi
+shape=forward+backward/bfloat16/N=8192,V=151936,B=8,T=1024
+[[ $DEVICE == cpu ]] || stage compiled 150 "$PYTHON" -m rlcore bench --compile \
+    --cases policy_loss/$shape token_logprob/$shape cross_entropy/$shape \
+    --output "$RESULTS/$name-compiled.json"
+[[ $status == 0 ]] && echo "all stages are done: remove $progress to begin again"
 exit "$status"

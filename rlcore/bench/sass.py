@@ -54,7 +54,8 @@ def innermost(spans: set[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def widths(body: list[str], opcode: str) -> list[int]:
     """Bytes that one thread moves by each `opcode` of the body."""
-    opcodes = (re.search(rf"\b{opcode}[\w.]*", text) for text in body)
+    # LDGDEPBAR waits for copies and moves nothing
+    opcodes = (re.search(rf"\b{opcode}(?!DEPBAR)[\w.]*", text) for text in body)
     suffixes = [re.findall(r"\.(128|64|U16|S16|16|U8|S8)\b", m[0]) for m in opcodes if m]
     return sorted(SASS_BYTES[found[-1]] if found else 4 for found in suffixes)
 
