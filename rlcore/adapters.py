@@ -43,11 +43,13 @@ def add_lora(
     alpha: float,
     dropout: float = 0.0,
     target_modules: Sequence[str] = (ALL_LINEAR,),
+    seed: int = 0,
 ) -> None:
     """Freeze the model and put a trainable adapter of rank `r` beside its linear layers.
 
     Args:
         target_modules: endings of the names of the layers to adapt, or "all-linear".
+        seed: of its first weights, which depend on nothing that was drawn or loaded before.
 
     Raises:
         UserError: peft is not installed, or no layer is called so.
@@ -68,7 +70,9 @@ def add_lora(
         task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
     )
     try:
-        model.add_adapter(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.add_adapter(config)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"lora_target_modules {' '.join(names)}: {reason}") from error

@@ -211,3 +211,18 @@ def test_without_peft_the_error_says_what_to_install(tmp_path, sft_rows, monkeyp
 def test_the_tokenizer_lies_beside_the_adapter(tmp_path, sft_rows):
     result = train_sft(sft_config(tmp_path, sft_rows, max_steps=1))
     assert load_tokenizer(str(result.output_dir)).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_an_adapters_first_weights_depend_on_the_seed_alone():
+    def first(seed: int, drawn: int) -> dict[str, torch.Tensor]:
+        model = tiny_model("llama")
+        torch.manual_seed(0)
+        torch.rand(drawn)
+        before = torch.get_rng_state()
+        add_lora(model, r=4, alpha=8, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return {name: p.detach() for name, p in model.named_parameters() if "lora_A" in name}
+
+    one, same, other = first(3, 1), first(3, 2), first(4, 1)
+    assert one and all(torch.equal(weight, same[name]) for name, weight in one.items())
+    assert not any(torch.equal(weight, other[name]) for name, weight in one.items())

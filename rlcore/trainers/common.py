@@ -117,6 +117,7 @@ def start_run(
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
+            seed=config.seed,
         )
         checkpoint_adapters_alone(accelerator)
     run = Run(config, accelerator, model, None, tokenizer, steps)
