@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlcore as rl
-from rlcore.bench.memory import reset_resident_peak, resident_peak
+from rlcore.bench.memory import give_back_freed, reset_resident_peak, resident_peak
 
 B, T, H, V = 8, 256, 896, 32000
 ENTROPY_COEF = 0.01
@@ -120,6 +120,7 @@ def forward_backward(name: str, step: Step) -> tuple[Tensor, Tensor, Tensor]:
 def main(name: str, dtype: str) -> None:
     torch.set_num_threads(1)
     step, tiny = make_step(getattr(torch, dtype), True), make_step(getattr(torch, dtype), True, 1)
+    give_back_freed()
     forward_backward(name, tiny)
     reset_resident_peak()
     before = resident_peak()
