@@ -262,9 +262,10 @@ def _most_tokens(mask: Tensor, groups: list[slice]) -> int:
 def _group_loss(logp, owner, counts, weights, answers, options, pairs):
     """(loss, rewards, sums (2b,), dloss/dlogp of each token) of a group of pairs."""
     weighted = logp if weights is None else logp * weights
-    # segment by segment and in order: index_add would add up in any order on a GPU
-    sums = torch.segment_reduce(weighted, "sum", lengths=counts, initial=0, unsafe=True)
-    sums.requires_grad_()
+    # segment by segment and in order: index_add would add up in any order on a GPU. In float64,
+    # as one addend after the other loses digits by the thousands that an answer has
+    sums = torch.segment_reduce(weighted.double(), "sum", lengths=counts, initial=0, unsafe=True)
+    sums = sums.to(weighted.dtype).requires_grad_()
     loss, *rewards = answers.loss(sums, options, pairs)
     (dsums,) = torch.autograd.grad(loss, sums)
     dlogp = dsums[owner] if weights is None else dsums[owner] * weights
