@@ -298,6 +298,24 @@ def sft_config(paths: TaskPaths, output_dir: str | Path, seed: int = 0) -> SFTCo
     )
 
 
+def _sampling(
+    paths: TaskPaths, model: str | Path, output_dir: str | Path, seed: int
+) -> dict[str, Any]:
+    """What every run that samples and is judged by the verifier has in common."""
+    return {
+        "model": str(model),
+        "dataset": str(paths.train),
+        "output_dir": str(output_dir),
+        "eval_dataset": str(paths.test),
+        "reward": ["arithmetic"],
+        "seed": seed,
+        "per_device_train_batch_size": 512,
+        "num_generations": 8,
+        "max_prompt_length": MAX_PROMPT_LENGTH,
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+    }
+
+
 def grpo_config(
     paths: TaskPaths, model: str | Path, output_dir: str | Path, seed: int = 0
 ) -> GRPOConfig:
@@ -305,15 +323,8 @@ def grpo_config(
     from rlcore.trainers.grpo import GRPOConfig
 
     return GRPOConfig(
-        model=str(model),
-        dataset=str(paths.train),
-        output_dir=str(output_dir),
-        eval_dataset=str(paths.test),
+        **_sampling(paths, model, output_dir, seed),
         eval_steps=4,
-        reward=["arithmetic"],
-        seed=seed,
-        per_device_train_batch_size=512,
-        num_generations=8,
         num_iterations=2,
         max_steps=20,
         learning_rate=2e-4,
@@ -323,8 +334,6 @@ def grpo_config(
         beta=0.0,
         epsilon=0.2,
         temperature=1.0,
-        max_prompt_length=MAX_PROMPT_LENGTH,
-        max_completion_length=MAX_COMPLETION_LENGTH,
     )
 
 
@@ -335,21 +344,12 @@ def pg_config(
     from rlcore.trainers.pg import PGConfig
 
     return PGConfig(
-        model=str(model),
-        dataset=str(paths.train),
-        output_dir=str(output_dir),
-        eval_dataset=str(paths.test),
+        **_sampling(paths, model, output_dir, seed),
         eval_steps=2,
-        reward=["arithmetic"],
-        seed=seed,
-        per_device_train_batch_size=512,
-        num_generations=8,
         baseline="leave_one_out",
         max_steps=10,
         learning_rate=1e-3,
         lr_min_ratio=0.1,
-        max_prompt_length=MAX_PROMPT_LENGTH,
-        max_completion_length=MAX_COMPLETION_LENGTH,
     )
 
 
@@ -360,20 +360,11 @@ def trpo_config(
     from rlcore.trainers.trpo import TRPOConfig
 
     return TRPOConfig(
-        model=str(model),
-        dataset=str(paths.train),
-        output_dir=str(output_dir),
-        eval_dataset=str(paths.test),
+        **_sampling(paths, model, output_dir, seed),
         eval_steps=2,
-        reward=["arithmetic"],
-        seed=seed,
-        per_device_train_batch_size=512,
-        num_generations=8,
         max_steps=10,
         lr_min_ratio=0.1,
         fisher_rows=128,
-        max_prompt_length=MAX_PROMPT_LENGTH,
-        max_completion_length=MAX_COMPLETION_LENGTH,
     )
 
 
@@ -388,15 +379,8 @@ def ppo_config(
     from rlcore.trainers.ppo import PPOConfig
 
     return PPOConfig(
-        model=str(model),
-        dataset=str(paths.train),
-        output_dir=str(output_dir),
-        eval_dataset=str(paths.test),
+        **_sampling(paths, model, output_dir, seed),
         eval_steps=2,
-        reward=["arithmetic"],
-        seed=seed,
-        per_device_train_batch_size=512,
-        num_generations=8,
         kl_mode=kl_mode,
         num_ppo_epochs=4,
         max_steps=10,
@@ -406,8 +390,6 @@ def ppo_config(
         value_warmup_steps=1,
         cliprange_value=None,
         kl_coef=0.0,
-        max_prompt_length=MAX_PROMPT_LENGTH,
-        max_completion_length=MAX_COMPLETION_LENGTH,
     )
 
 
