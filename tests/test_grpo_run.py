@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import grpo as make
+from helpers.ranks import launch_two
 from helpers.tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -290,18 +288,7 @@ def test_a_reward_function_that_fails_leaves_no_model_behind(config):
 def two_ranks(tmp_path_factory):
     """What two gloo processes wrote, each on half of the rows."""
     directory = tmp_path_factory.mktemp("ranks")
-    script = Path(make.__file__).with_name("two_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(script), str(directory), *LOSS_TYPES],
-        env=environment | {"PYTHONPATH": str(script.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return directory, [torch.load(directory / f"rank{rank}.pt") for rank in (0, 1)]
+    return directory, launch_two("two_processes.py", directory, *LOSS_TYPES)
 
 
 @pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "bnpo"])

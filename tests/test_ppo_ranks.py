@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import actor_critic as make
 from helpers import grpo as grpo_make
+from helpers.ranks import launch_two
 
 import rlcore as rl
 from rlcore.tracking import read_metrics
@@ -21,18 +17,7 @@ from rlcore.trainers.ppo_update import update
 def two_ranks(tmp_path_factory):
     """What two gloo processes wrote, each on half of the rows."""
     directory = tmp_path_factory.mktemp("ranks")
-    script = Path(make.__file__).with_name("two_critics.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(script), str(directory)],
-        env=environment | {"PYTHONPATH": str(script.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return directory, [torch.load(directory / f"rank{rank}.pt") for rank in (0, 1)]
+    return directory, launch_two("two_critics.py", directory)
 
 
 @pytest.mark.parametrize("backbone", ["own", "shared"])

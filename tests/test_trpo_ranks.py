@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import two_trust_regions
+from helpers.ranks import launch_two
 from helpers.tiny import tiny_model
 
 from rlcore.tracking import read_metrics
@@ -19,18 +15,7 @@ from rlcore.tracking import read_metrics
 def two_ranks(tmp_path_factory):
     """(directory, what two gloo processes wrote there, each on half of the rows)."""
     directory = tmp_path_factory.mktemp("ranks")
-    script = Path(two_trust_regions.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(script), str(directory)],
-        env=environment | {"PYTHONPATH": str(script.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return directory, [torch.load(directory / f"rank{rank}.pt") for rank in (0, 1)]
+    return directory, launch_two("two_trust_regions.py", directory)
 
 
 def test_two_processes_take_the_step_of_one(two_ranks, tmp_path):
