@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+# looked up once: torch 2.11's compiler cannot trace the question
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+    if torch.amp.is_autocast_available(device)
+)
 CACHED_BYTES = 3 << 20  # of a block in working precision, for each thread
+
+
+def autocast_enabled(device: str) -> bool:
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -17,7 +27,7 @@ def without_autocast(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapped(tensor: Tensor, *arguments, **options):
         device = tensor.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if not autocast_enabled(device):
             return function(tensor, *arguments, **options)
         with torch.autocast(device, enabled=False):
             return function(tensor, *arguments, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .blocks import autocast_enabled
 from .checks import FLOATS, check_finite, check_positive
 from .linear_products import Head
 
@@ -58,8 +59,7 @@ def prepare_head(
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's dtype inside autocast, as for any linear layer; else what holds both."""
     device = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
+    if autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
     return torch.promote_types(hidden.dtype, weight.dtype)
 
