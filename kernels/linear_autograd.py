@@ -50,7 +50,8 @@ class LinearTokenLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, mask, with_entropy, run: Run):
         statistics, saved = logprob_pass(hidden, weight, bias, target, mask, with_entropy, run)
         logp, entropy, lse, row_max, log_sum = statistics
-        ctx.save_for_backward(hidden, weight, bias, target, mask, entropy, row_max, log_sum, *saved)
+        statistics = (logp, entropy, row_max, log_sum)
+        ctx.save_for_backward(hidden, weight, bias, target, mask, *statistics, *saved)
         ctx.run = run
         ctx.set_materialize_grads(False)
         return logp, entropy, lse
@@ -59,7 +60,7 @@ class LinearTokenLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogp, dentropy, dlse):
         hidden, weight, bias, target, mask, *statistics = ctx.saved_tensors
-        statistics, saved = statistics[:3], statistics[3:]
+        statistics, saved = statistics[:4], statistics[4:]
         given = [dlogp, dlse, dentropy]
         if all(g is None for g in given):
             gradients = [None] * 3

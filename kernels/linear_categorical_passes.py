@@ -59,8 +59,8 @@ def make_pair_plan(
     heads_need = any(need for side in needs for need in side[1:])
     if not any(map(any, needs)):
         strategy = "forward"
-    elif keeps and kept + peak <= budget:
-        strategy, peak = "kept-logits", peak + kept
+    elif keeps and kept + tokens * token_bytes <= budget:
+        strategy, peak, chunk_tokens = "kept-logits", kept + tokens * token_bytes, max(tokens, 1)
     elif keeps and not heads_need:
         strategy, peak = "unit-gradient", peak + held
     else:
@@ -80,8 +80,8 @@ class _Side:
         self.head, self.factor = run.head, factor
         self.differentiable = any(run.needs)
         self.products = Products(self.weight, bias)
-        self.gathered = Gathered(self.hidden, self.products, run.needs)
         self.chunk = Chunk(self.products, run, self.differentiable)
+        self.gathered = Gathered(self.hidden, self.products, run.needs, self.chunk)
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         """z of a chunk, in the chunk's memory."""

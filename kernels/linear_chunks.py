@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .linear_plan import LinearPlan
-from .linear_products import Head, Products
+from .linear_products import Head, Products, gradient_dtype
+from .linear_slices import SlicedGradient, SliceMemory, Softmaxes, slices_of
 
 Gradients3 = list[Tensor | None]  # of hidden, weight and bias; None where unneeded
 
@@ -23,12 +25,6 @@ class Run:
     backend: str
 
 
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of gradients that wait for the upstream one: a loss scaler's factor is in there, without
-    which small gradients would leave float16's range."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def unit_of(*given: Tensor | None) -> Tensor:
     """The power of two that the largest of the given is near, over which it is about 1.
 
@@ -36,6 +32,41 @@ def unit_of(*given: Tensor | None) -> Tensor:
     """
     largest = torch.stack([g.abs().max() for g in given if g is not None]).max()
     return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)
+
+
+class Chunk:
+    """Memory for a chunk's logits and their gradient, which share it where they can.
+
+    Without a gradient, where none is asked for, `dz` is the logits' own memory. `all_dz` has room
+    for more tokens than a chunk where the plan keeps them; the next chunk's start at `first`.
+    """
+
+    def __init__(self, products: Products, run: Run, gradient: bool = True):
+        plan, self.vocabulary, self.first = run.plan, run.plan.vocabulary, 0
+        # Triton's 16-byte stores want every row of both to start at a 16-byte boundary
+        width = -(-self.vocabulary // 16) * 16 if run.backend == "triton" else self.vocabulary
+        like = {"dtype": products.accumulator, "device": products.weight.device}
+        self.all_z = self.all_dz = torch.empty((plan.chunk_tokens, width), **like)
+        if gradient and (products.low_precision or run.head.softcap is not None):
+            like["dtype"] = products.weight.dtype
+            self.all_dz = torch.empty((max(plan.dz_tokens, plan.chunk_tokens), width), **like)
+
+    def compacted(self, ds: Tensor, where: Tensor) -> Tensor:
+        """ds[where], in the logits' memory where the gradient has its own: they are used up."""
+        if self.all_dz is self.all_z:
+            return ds[where]
+        width = self.all_dz.shape[1]
+        memory = self.all_z.view(-1).view(ds.dtype)[: len(where) * width].view(len(where), width)
+        whole = self.all_dz[self.first : self.first + len(ds)]
+        return torch.index_select(whole, 0, where, out=memory)[:, : self.vocabulary]
+
+    @property
+    def z(self) -> Tensor:
+        return self.all_z[:, : self.vocabulary]
+
+    @property
+    def dz(self) -> Tensor:
+        return self.all_dz[self.first :, : self.vocabulary]
 
 
 class Gathered:
@@ -46,32 +77,28 @@ class Gathered:
         hidden: Tensor,
         products: Products,
         needs: tuple[bool, bool, bool],
-        keeper: Chunk | None = None,
+        chunk: Chunk,
+        kept: KeptGradients | None = None,
     ):
-        """With a `keeper`, whose dz has room for every token, dweight is made at the end."""
-        weight, accumulator = products.weight, products.accumulator
-        like = {"dtype": accumulator, "device": weight.device}
-        self.products = products
+        """With `kept`, dweight is made at the end, of what that has kept; else summed."""
+        weight = products.weight
+        like = {"dtype": products.accumulator, "device": weight.device}
+        self.products, self.chunk, self.kept = products, chunk, kept
         self.dhidden = torch.zeros_like(hidden) if needs[0] else None
-        self.hidden, self.keeper, self.kept = hidden, keeper, []
-        self.dweight = None
-        if needs[1] and keeper is None:
-            self.dweight = torch.zeros(weight.shape, **like)
+        self.dweight = torch.zeros(weight.shape, **like) if needs[1] and kept is None else None
         self.dbias = torch.zeros(weight.shape[0], **like) if needs[2] else None
 
     def add(self, ds: Tensor, hidden: Tensor, rows: slice | Tensor, keep: Tensor | None) -> None:
         """Takes in a chunk; rows where `keep` (n,) is false have no gradient: no product either."""
+        where = None
         if keep is not None and not keep.all():
-            kept = keep.nonzero().squeeze(-1)
-            ds, hidden = ds[kept], hidden[kept]
-            if self.keeper is not None:
-                ds = self.keeper.dz[: len(kept)].copy_(ds)
-            rows = kept + rows.start if isinstance(rows, slice) else rows[kept]
+            where = keep.nonzero().squeeze(-1)
+            ds, hidden = self.chunk.compacted(ds, where), hidden[where]
+            rows = where + rows.start if isinstance(rows, slice) else rows[where]
         if self.dhidden is not None:
             self.dhidden[rows] = self.products.dhidden(ds)
-        if self.keeper is not None:
-            self.keeper.dz = self.keeper.dz[len(ds) :]  # the next chunk's stands behind it
-            self.kept.append(rows)
+        if self.kept is not None:
+            self.kept.add(ds, rows, where)
         if self.dweight is not None:
             self.products.add_dweight(ds, hidden, self.dweight)
         if self.dbias is not None:
@@ -79,38 +106,124 @@ class Gathered:
 
     def finish(self, unit: Tensor | None, dtype: torch.dtype) -> Gradients3:
         """The gradients times `unit` in `dtype`."""
-        if self.keeper is not None:
-            every = torch.cat([*map(self._indices, self.kept), self._indices(slice(0, 0))])
-            hidden = self.hidden if len(every) == len(self.hidden) else self.hidden[every]
-            self.dweight = self.products.dweight(self.keeper.every_dz[: len(every)], hidden)
-        gradients = (self.dhidden, self.dweight, self.dbias)
+        dhidden, dweight, dbias = gradients = [self.dhidden, self.dweight, self.dbias]
         if unit is not None:
-            gradients = (None if g is None else g.float() * unit for g in gradients)
-        return [None if g is None else g.to(dtype) for g in gradients]
-
-    def _indices(self, rows: slice | Tensor) -> Tensor:
-        if isinstance(rows, slice):
-            return torch.arange(rows.start, rows.stop, device=self.hidden.device)
-        return rows
+            gradients = [None if g is None else g.float() * unit for g in gradients]
+        dhidden, dweight, dbias = (None if g is None else g.to(dtype) for g in gradients)
+        if self.kept is not None:
+            dweight = self.kept.dweight(unit)
+        return [dhidden, dweight, dbias]
 
 
-class Chunk:
-    """Memory for a chunk's logits and their gradient, which share it where they can.
+class KeptGradients:
+    """Every token's gradient of the logits in low precision, until dweight is made of them.
 
-    Without a gradient, where none is asked for, `dz` is the logits' own memory.
+    The first stand in dweight's own memory: the part of it that a slice of the vocabulary will take
+    holds the slice of some H tokens' gradients. The others stand in the chunk's `all_dz`. What fits
+    neither is made again at the end, from the tokens' statistics; as it needs the chunk's memory on
+    its way, it goes first, while `coming` tokens are more than what is free.
     """
 
-    def __init__(self, products: Products, run: Run, gradient: bool = True):
-        tokens, vocabulary = run.plan.chunk_tokens, run.plan.vocabulary
-        # Triton's 16-byte stores want every row of both to start at a 16-byte boundary
-        width = -(-vocabulary // 16) * 16 if run.backend == "triton" else vocabulary
-        like = {"dtype": products.accumulator, "device": products.weight.device}
-        self.z = self.dz = torch.empty((tokens, width), **like)[:, :vocabulary]
-        if gradient and (products.low_precision or run.head.softcap is not None):
-            like["dtype"] = products.weight.dtype
-            tokens = run.plan.tokens if run.plan.one_dweight else tokens
-            self.dz = torch.empty((tokens, width), **like)[:, :vocabulary]
-        self.every_dz = self.dz
+    def __init__(self, hidden: Tensor, products: Products, run: Run, chunk: Chunk, coming: int):
+        weight, columns = products.weight, run.plan.slice_columns
+        self.hidden, self.products, self.run, self.chunk = hidden, products, run, chunk
+        self.coming, self.again = coming, 0
+        self.whole = torch.empty_like(weight, dtype=gradient_dtype(weight.dtype))
+        self.slices = slices_of(len(weight), columns)
+        self.own_slices = [self._own_slice(part) for part in self.slices]
+        self.own, self.own_rows, self.kept_rows = 0, [], []
+        self.remade: list[Softmaxes] = []
+
+    def _own_slice(self, part: slice) -> Tensor:
+        """dweight's memory at a slice of w columns as (tokens, w) of the logits' gradient."""
+        memory = self.whole[part].view(-1).view(self.chunk.all_dz.dtype)
+        return memory.view(-1, part.stop - part.start)
+
+    def expect(self, count: int, softmaxes: Callable[[], Softmaxes]) -> None:
+        """Announces a chunk of `count` tokens, some of which may have to be made again."""
+        free = len(self.own_slices[0]) - self.own + len(self.chunk.dz)
+        self.again = min(max(self.coming - free, 0), count)
+        self.coming -= count
+        if self.again:
+            self.remade.append(softmaxes().at(slice(self.again)))
+
+    def add(self, ds: Tensor, rows: slice | Tensor, where: Tensor | None) -> None:
+        """Keeps a chunk's gradient; `where` are the places of its rows in the chunk, if not all."""
+        rows, again = indices_of(rows, ds.device), self.again
+        if again and where is not None:
+            again = int((where < again).sum())
+            self.remade[-1] = self.remade[-1].at(where[:again])
+        ds, rows = ds[again:], rows[again:]
+        left = max(len(ds) - (len(self.own_slices[0]) - self.own), 0)
+        moved = len(ds) - left
+        if moved:
+            for part, memory in zip(self.slices, self.own_slices, strict=True):
+                memory[self.own : self.own + moved] = ds[left:, part]
+            self.own += moved
+            self.own_rows.append(rows[left:])
+        if again or where is not None:
+            self.chunk.dz[:left] = ds[:left].clone() if where is None else ds[:left]
+        self.chunk.first += left
+        self.kept_rows.append(rows[:left])
+
+    def dweight(self, unit: Tensor | None) -> Tensor:
+        """dweight, slice by slice: one sum over all tokens, rounded once."""
+        own_hidden, kept_hidden = self._hidden(self.own_rows), self._hidden(self.kept_rows)
+        kept, remade = self.chunk.all_dz[: self.chunk.first], self._remade_gradients()
+        for part, memory in zip(self.slices, self.own_slices, strict=True):
+            pieces = [(memory[: self.own], own_hidden), (kept[:, part], kept_hidden)]
+            pieces = [piece for piece in pieces if len(piece[0])]
+            # not in its own place yet: that is where the first piece stands
+            if len(pieces) == 1 and not remade:
+                rounded = torch.empty_like(self.whole[part])
+                self.products.dweight(*pieces[0], rounded, unit)
+                self.whole[part] = rounded
+                continue
+            total = torch.zeros_like(self.whole[part], dtype=self.products.accumulator)
+            for piece in pieces:
+                self.products.add_dweight(*piece, total)
+            for gradient, memory_of in remade:
+                z, dz = memory_of.views(len(gradient.tokens), part.stop - part.start)
+                ds = gradient.ds(part, gradient.logits(part, z), dz)
+                self.products.add_dweight(ds, gradient.tokens.hidden, total)
+            self.whole[part] = total if unit is None else total * unit
+        return self.whole
+
+    def _hidden(self, rows: list[Tensor]) -> Tensor:
+        if not rows:
+            return self.hidden[:0]
+        return self.hidden[torch.cat(rows)]
+
+    def _remade_gradients(self) -> list[tuple[SlicedGradient, SliceMemory]]:
+        """The tokens to be made again, as many at a time as the chunk's logits leave room for."""
+        if not self.remade:
+            return []
+        tokens, columns = Softmaxes.joined(self.remade), self.run.plan.slice_columns
+        z, dtype = self.chunk.all_z.view(-1), self.chunk.all_dz.dtype
+        memory = SliceMemory(z, dtype)
+        if memory.fitting(columns) == 0:
+            memory = SliceMemory.for_tokens(1, columns, z, dtype)
+        most = memory.fitting(columns)
+        return [
+            (
+                SlicedGradient(
+                    tokens.at(slice(start, start + most)), self.products, self.run.head,
+                    self.run.backend,
+                ),
+                memory,
+            )
+            for start in range(0, len(tokens), most)
+        ]  # fmt: skip
+
+
+def indices_of(rows: slice | Tensor, device: torch.device) -> Tensor:
+    if isinstance(rows, slice):
+        return torch.arange(rows.start, rows.stop, device=device)
+    return rows
+
+
+def count_of(rows: slice | Tensor) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def at_rows(tensors: list[Tensor | None], rows: slice | Tensor) -> list[Tensor | None]:

@@ -53,8 +53,9 @@ def linear_token_logprob(
         temperature, softcap, logit_scale: positive; softcap None = none.
         mask: bool (N,) or (B, T), true = the token counts; masked tokens cost no product.
         entropy: False leaves the entropy out, uncomputed and None.
-        chunk_bytes: budget for the logits that exist at one time; None = 64 MiB on a CPU, 768
-            MiB elsewhere; below one token's, one token at a time. See `plan_linear`.
+        chunk_bytes: budget for logits and their gradients at one time; None = 256 MiB on a CPU
+            (of which a chunk takes 64), 1 GiB elsewhere; below one token's, one token at a time.
+            See `plan_linear`.
         backend: "triton", "torch", or None: see `use_backend`.
 
     Returns:
@@ -89,7 +90,7 @@ def _statistics(
     needs = _needs(flat, weight, bias)
     plan = make_plan(
         flat, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=True,
-        separate_gradient=softcap is not None, with_entropy=entropy_gradient, may_keep_dz=True,
+        separate_gradient=softcap is not None, with_entropy=entropy_gradient,
     )  # fmt: skip
     if not _is_plain(flat, weight, bias, target, mask):
         logp, entropies, lse, _, _ = linear_token_logprob_op(
@@ -175,7 +176,7 @@ def linear_policy_loss(
     check_targets_in_range(target, mask, weight.shape[0], backend)
     plan = make_plan(
         flat, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=False,
-        separate_gradient=softcap is not None, may_keep_dz=True,
+        separate_gradient=softcap is not None,
     )  # fmt: skip
     per_token = [None if t is None else t.view(-1) for t in per_token]
     if not _is_plain(flat, weight, bias, target, token_weight, *per_token):
@@ -237,5 +238,5 @@ def plan_linear(
     )
     return make_plan(
         hidden, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=loss == "logprob",
-        separate_gradient=softcap is not None, with_entropy=entropy, may_keep_dz=True,
+        separate_gradient=softcap is not None, with_entropy=entropy,
     )  # fmt: skip

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .blocks import statistics_dtype
 from .checks import check_targets_in_range
-from .linear_chunks import Run, gradient_dtype
+from .linear_chunks import Run
 from .linear_passes import logprob_backward, logprob_pass, policy_pass
 from .linear_plan import make_plan
-from .linear_products import Head
+from .linear_products import Head, gradient_dtype
 from .surrogates import PolicyOptions
 
 
@@ -22,7 +22,7 @@ def _run(hidden, weight, temperature, softcap, logit_scale, chunk_bytes, needs, 
     needs = tuple(needs)
     plan = make_plan(
         hidden, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=coupled,
-        separate_gradient=softcap is not None, keeps=False, may_keep_dz=True,
+        separate_gradient=softcap is not None, keeps=False,
     )  # fmt: skip
     return Run(Head(temperature, softcap, logit_scale), plan, needs, backend)
 
@@ -129,8 +129,7 @@ def linear_token_logprob_op(
 
 @linear_token_logprob_op.register_fake
 def _(hidden, weight, bias, target, mask, with_entropy, *options):
-    on_triton = options[-1] == "triton"
-    present = (True, with_entropy, True, on_triton, on_triton)
+    present = (True, with_entropy, True, True, True)
     like = {"dtype": statistics_dtype(hidden), "device": target.device}
     return tuple(torch.empty(target.shape if p else (0,), **like) for p in present)
 
@@ -153,7 +152,10 @@ def linear_token_logprob_backward_op(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias), empty where unneeded; statistics = (entropy, row_max, log_sum)."""
+    """(dhidden, dweight, dbias), empty where unneeded.
+
+    The statistics are (logp, entropy, row_max, log_sum).
+    """
     run = _run(hidden, weight, temperature, softcap, logit_scale, chunk_bytes, needs, backend, True)
     statistics = [s if s.numel() == target.numel() else None for s in statistics]
     gradients = logprob_backward(
@@ -169,8 +171,8 @@ def _(hidden, weight, *rest):
 
 def _logprob_context(ctx, inputs, output):
     hidden, weight, bias, target, mask, ctx.with_entropy, *ctx.options = inputs
-    _, entropy, _, row_max, log_sum = output
-    ctx.save_for_backward(hidden, weight, bias, target, mask, entropy, row_max, log_sum)
+    logp, entropy, _, row_max, log_sum = output
+    ctx.save_for_backward(hidden, weight, bias, target, mask, logp, entropy, row_max, log_sum)
     ctx.set_materialize_grads(False)
 
 

@@ -6,6 +6,8 @@ statistics or into their gradient, and gathers the products that follow.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,17 @@ from .linear_chunks import (
     Chunk,
     Gathered,
     Gradients3,
+    KeptGradients,
     Run,
     at_rows,
-    gradient_dtype,
+    count_of,
+    indices_of,
     store_rows,
     unit_of,
 )
-from .linear_products import Head, Products
-from .surrogates import SURROGATES, PolicyOptions
+from .linear_products import Head, Products, gradient_dtype
+from .linear_slices import SlicedGradient, SliceMemory, Softmaxes, slices_of
+from .surrogates import SURROGATES, PolicyOptions, policy_terms
 
 
 @without_autocast
@@ -43,7 +48,6 @@ def policy_pass(
     """
     products = Products(weight, bias)
     chunk = Chunk(products, run)
-    gathered = Gathered(hidden, products, run.needs, chunk if run.plan.one_dweight else None)
     like = {"dtype": statistics_dtype(hidden), "device": target.device}
     statistics = [torch.zeros(target.shape, **like) for _ in range(4)]
     statistics.append(torch.zeros(target.shape, dtype=torch.bool, device=target.device))
@@ -51,7 +55,10 @@ def policy_pass(
     if hidden.dtype == torch.float16 and len(target):
         unit = unit_of(token_weight)
         token_weight = token_weight / unit
-    for rows in select_rows(token_weight != 0, len(target), run.plan.chunk_tokens):
+    chunks = list(select_rows(token_weight != 0, len(target), run.plan.chunk_tokens))
+    kept = kept_gradients(hidden, products, run, chunk, sum(map(count_of, chunks)))
+    gathered = Gathered(hidden, products, run.needs, chunk, kept)
+    for rows in chunks:
         hidden_rows, given = hidden[rows], at_rows(per_token, rows)
         z, dz = chunk.z[: len(hidden_rows)], chunk.dz[: len(hidden_rows)]
         run.head.cap_(products.logits(hidden_rows, z))
@@ -60,6 +67,9 @@ def policy_pass(
             run.head.row_temperature,
         )  # fmt: skip
         store_rows(statistics, rows, parts)
+        if kept is not None:
+            made = (parts, hidden_rows, z, target[rows], given, token_weight[rows], options, run)
+            kept.expect(len(hidden_rows), partial(_policy_softmaxes, *made))
         ds = run.head.uncap_(dz, z)
         gathered.add(ds, hidden_rows, rows, _flows(given, parts[-1], options))
     if unit is not None:
@@ -67,6 +77,30 @@ def policy_pass(
     if per_token[2] is None:
         statistics[3] = None
     return statistics, gathered.finish(unit, gradient_dtype(weight.dtype))
+
+
+def kept_gradients(hidden, products, run: Run, chunk: Chunk, coming: int) -> KeptGradients | None:
+    """For a dweight of low precision, which is made of all tokens at the end."""
+    if not (run.needs[1] and run.plan.dz_tokens):
+        return None
+    return KeptGradients(hidden, products, run, chunk, coming)
+
+
+def softmaxes_of(hidden, z, target, run: Run, entropy, dlogp, dentropy) -> Softmaxes:
+    """What makes the gradient of a chunk's logits z again."""
+    logp, _, _, row_max, log_sum = rows_logprob._forward(
+        z, target, None, run.head.row_temperature, False, run.backend, True
+    )
+    return Softmaxes(hidden, target, logp, row_max, log_sum, entropy, dlogp, None, dentropy)
+
+
+def _policy_softmaxes(parts, hidden, z, target, given, token_weight, options, run) -> Softmaxes:
+    _, logp, entropy, _, _ = parts
+    advantage, *others = given
+    terms = policy_terms(logp, entropy, advantage, *others, options)
+    dentropy = -options.entropy_coef * token_weight if options.entropy_coef else None
+    entropy = entropy if options.entropy_coef else None
+    return softmaxes_of(hidden, z, target, run, entropy, terms.dlogp * token_weight, dentropy)
 
 
 def _flows(given: list[Tensor | None], clipped: Tensor, options: PolicyOptions) -> Tensor | None:
@@ -94,8 +128,7 @@ def logprob_pass(
     products = Products(weight, bias)
     chunk = Chunk(products, run, run.plan.strategy == "unit-gradient")
     like = {"dtype": statistics_dtype(hidden), "device": target.device}
-    on_triton = run.backend == "triton"
-    present = (True, with_entropy, True, on_triton, on_triton)
+    present = (True, with_entropy, True, True, True)
     statistics = [torch.zeros(target.shape, **like) if p else None for p in present]
     saved = ()
     if run.plan.strategy == "kept-logits":
@@ -107,8 +140,9 @@ def logprob_pass(
         z = chunk.z[: len(hidden_rows)]
         run.head.cap_(products.logits(hidden_rows, z))
         parts = rows_logprob._forward(
-            z, target[rows], None, run.head.row_temperature, with_entropy, run.backend
-        )
+            z, target[rows], None, run.head.row_temperature, with_entropy, run.backend,
+            run.plan.strategy in ("kept-logits", "recompute"),
+        )  # fmt: skip
         store_rows(statistics, rows, parts)
         if run.plan.strategy == "unit-gradient":
             dz = chunk.dz[: len(z)]
@@ -163,30 +197,64 @@ def logprob_backward(
     given: list[Tensor | None],
     run: Run,
 ) -> Gradients3:
-    """The gradients, from those given of (logp, lse, entropy); statistics without logp and lse.
+    """The gradients, from those given of (logp, lse, entropy), a slice of the vocabulary at a time.
 
-    `kept` holds the logits of the rows that the mask counts, in their order, or is None: then
-    each chunk's logits are made again.
+    statistics is [logp, entropy, row_max, log_sum]. `kept` holds the logits of the rows that the
+    mask counts, in their order, or is None: then the logits are made again.
     """
-    products = Products(weight, bias)
-    chunk = Chunk(products, run)
-    gathered = Gathered(hidden, products, run.needs, chunk if run.plan.one_dweight else None)
     unit = None
     if hidden.dtype == torch.float16 and len(target):
         unit = unit_of(*(None if g is None else torch.where(mask, g, 0.0) for g in given))
         given = [None if g is None else g / unit for g in given]
     flows = mask & torch.stack([g != 0 for g in given if g is not None]).any(0)
-    position = mask.cumsum(0) - 1
-    for rows in select_rows(flows, len(target), run.plan.chunk_tokens):
-        hidden_rows = hidden[rows]
-        z, dz = chunk.z[: len(hidden_rows)], chunk.dz[: len(hidden_rows)]
-        if kept is None:
-            run.head.cap_(products.logits(hidden_rows, z))
-        else:
-            torch.index_select(kept, 0, position[rows], out=z)
-        row = at_rows([*statistics, *given], rows)
-        rows_logprob._backward(
-            run.backend, z, dz, target[rows], None, *row, run.head.row_temperature
-        )
-        gathered.add(run.head.uncap_(dz, z), hidden_rows, rows, None)
-    return gathered.finish(unit, weight.dtype)
+    rows = next(select_rows(flows, len(target), max(len(target), 1)), slice(0, 0))
+    logp, entropy, row_max, log_sum = statistics
+    dlogp, dlse, dentropy = given
+    whole = Softmaxes(
+        hidden, target, logp, row_max, log_sum, None if dentropy is None else entropy, dlogp, dlse,
+        dentropy,
+    )  # fmt: skip
+    sliced = SlicedGradient(whole.at(rows), Products(weight, bias), run.head, run.backend)
+    place = None if kept is None else (mask.cumsum(0) - 1)[rows]
+    dhidden, dweight, dbias = _sliced_gradients(sliced, kept, place, run, unit)
+    if dhidden is not None and len(dhidden) != len(hidden):
+        dhidden = torch.zeros_like(hidden).index_copy_(0, indices_of(rows, hidden.device), dhidden)
+    return [dhidden, dweight, dbias]
+
+
+def _sliced_gradients(
+    sliced: SlicedGradient,
+    kept: Tensor | None,
+    place: Tensor | None,
+    run: Run,
+    unit: Tensor | None,
+) -> Gradients3:
+    """The gradients of the tokens' hidden (n, H), of weight and bias, times `unit`."""
+    tokens, products = sliced.tokens, sliced.products
+    weight, columns = products.weight, run.plan.slice_columns
+    like = {"dtype": products.accumulator, "device": weight.device}
+    separate = products.low_precision or run.head.softcap is not None
+    memory = SliceMemory.for_tokens(
+        len(tokens), columns, torch.empty(0, **like), weight.dtype if separate else None
+    )
+    dhidden = torch.zeros(tokens.hidden.shape, **like) if run.needs[0] else None
+    dweight = torch.zeros_like(weight) if run.needs[1] else None
+    dbias = torch.zeros(len(weight), **like) if run.needs[2] else None
+    for part in slices_of(len(weight), columns) if len(tokens) else []:
+        z, dz = memory.views(len(tokens), part.stop - part.start)
+        z = sliced.logits(part, z) if kept is None else _taken(kept, part, place, z)
+        ds = sliced.ds(part, z, dz)
+        if dhidden is not None:
+            products.add_dhidden(ds, dhidden, part)
+        if dweight is not None:
+            products.dweight(ds, tokens.hidden, dweight[part], unit)
+        if dbias is not None:
+            dbias[part] = ds.sum(0, dtype=dbias.dtype)
+    if unit is not None:
+        dhidden, dbias = (None if g is None else g * unit for g in (dhidden, dbias))
+    dhidden, dbias = (None if g is None else g.to(weight.dtype) for g in (dhidden, dbias))
+    return [dhidden, dweight, dbias]
+
+
+def _taken(kept: Tensor, part: slice, place: Tensor, z: Tensor) -> Tensor:
+    return torch.index_select(kept[:, part], 0, place, out=z)

@@ -11,7 +11,7 @@ loss couples the pairs, logp comes from `linear_token_logprob`, by its plan.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ from .backend import resolve_backend
 from .blocks import statistics_dtype, without_autocast
 from .checks import check_rows, check_targets_in_range
 from .linear_autograd import _scaled
-from .linear_chunks import Chunk, Gathered, Gradients3, Run, gradient_dtype, unit_of
+from .linear_chunks import Chunk, Gathered, Gradients3, Run, unit_of
 from .linear_head import _is_plain, _needs, linear_token_logprob
 from .linear_inputs import prepare_head
+from .linear_passes import kept_gradients, softmaxes_of
 from .linear_plan import LinearPlan, make_plan
-from .linear_products import Products
+from .linear_products import Products, gradient_dtype
 from .preference_answers import Answers, beyond_shorter, summed, wpo_weight
 from .preference_loss import PreferenceLoss, PreferenceOptions, preference_options
 from .token_logprob import TokenLogprob
@@ -159,21 +160,25 @@ def plan_pairs(
     separate_gradient: bool = False,
 ) -> LinearPlan | None:
     """The plan of one pass over pairs with `counts` (2B,) tokens; None where a pair is too long."""
-    plan = make_plan(
-        hidden, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=False,
-        separate_gradient=separate_gradient,
-    )  # fmt: skip
     if not any(needs):
         return None
-    longest = int(counts.view(2, -1).sum(0).max()) if counts.numel() else 0
-    return plan if longest <= plan.most_tokens else None
+    make = partial(
+        make_plan, hidden, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=False,
+        separate_gradient=separate_gradient,
+    )  # fmt: skip
+    plan, pairs = make(), counts.view(2, -1).sum(0)
+    longest = int(pairs.max()) if pairs.numel() else 0
+    if longest > plan.most_tokens:
+        return None
+    groups = _groups(counts, plan.chunk_tokens)
+    return make(chunk_tokens=max([int(pairs[group].sum()) for group in groups] + [1]))
 
 
 def _groups(counts: Tensor, most: int) -> list[slice]:
-    """Consecutive pairs, as many as have at most `most` tokens together."""
+    """Consecutive pairs, as many as have at most `most` tokens together, or one that has more."""
     groups, start, held = [], 0, 0
     for pair, tokens in enumerate(counts.view(2, -1).sum(0).tolist()):
-        if held + tokens > most:
+        if held and held + tokens > most:
             groups.append(slice(start, pair))
             start, held = pair, 0
         held += tokens
@@ -217,9 +222,10 @@ def preference_pass(
     """[loss, chosen_reward, rejected_reward, chosen_logp, rejected_logp] and the gradients."""
     products = Products(weight, bias)
     half, length = len(answers.mask) // 2, answers.mask.shape[1]
-    groups = _groups(answers.mask.sum(1), run.plan.most_tokens)
-    run = replace(run, plan=replace(run.plan, chunk_tokens=_most_tokens(answers.mask, groups)))
-    gathered, chunk = Gathered(hidden, products, run.needs), Chunk(products, run)
+    groups = _groups(answers.mask.sum(1), run.plan.chunk_tokens)
+    chunk = Chunk(products, run)
+    kept = kept_gradients(hidden, products, run, chunk, int(answers.mask.sum()))
+    gathered = Gathered(hidden, products, run.needs, chunk, kept)
     like = {"dtype": statistics_dtype(hidden), "device": hidden.device}
     loss, per_pair = torch.zeros((), **like), torch.zeros(4, half, **like)
     # float16's gradients are kept in its range by a power of two, the same in all groups
@@ -249,13 +255,11 @@ def preference_pass(
             run.backend, z, dz, target[rows], None, entropy, row_max, log_sum,
             dlogp, None, None, run.head.row_temperature,
         )  # fmt: skip
+        if kept is not None:
+            made = (hidden_rows, z, target[rows], run, None, dlogp, None)
+            kept.expect(len(rows), partial(softmaxes_of, *made))
         gathered.add(run.head.uncap_(dz, z), hidden_rows, rows, dlogp != 0)
     return [loss, *per_pair], gathered.finish(unit, gradient_dtype(weight.dtype))
-
-
-def _most_tokens(mask: Tensor, groups: list[slice]) -> int:
-    tokens = mask.sum(1).view(2, -1).sum(0)
-    return max([int(tokens[pairs].sum()) for pairs in groups] + [1])
 
 
 @torch.enable_grad()

@@ -13,6 +13,7 @@ from .blocks import statistics_dtype
 
 LEAST_ROWS = 4  # with fewer, a CPU's library takes another route, with other rounding
 SLICE_BYTES = 8 << 20  # of the head's weight brought to fp32 at a time on a CPU
+EVERY = slice(None)
 
 
 @dataclass(frozen=True)
@@ -42,72 +43,108 @@ class Head:
         return dz.mul_(slope)
 
 
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients that wait for the upstream one: a loss scaler's factor is in there, without
+    which small gradients would leave float16's range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class Products:
-    """hidden W^T + bias, ds W and ds^T hidden for one weight (V, H) and bias (V,) or None."""
+    """hidden W^T + bias, ds W and ds^T hidden for one weight (V, H) and bias (V,) or None.
+
+    A CPU multiplies bfloat16 and float16 as float32, a slice of the weight at a time: its own
+    products of them round each result, and are many times slower where it has no units for them.
+    Where it has, and the result is to be rounded anyway, they are taken as they are.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight, bias
         self.accumulator = statistics_dtype(weight)
         self.low_precision = weight.dtype != self.accumulator
         self.on_cpu = weight.device.type == "cpu"
+        self.as_float32 = self.low_precision and self.on_cpu
+        self.rounds_well = not self.as_float32 or (
+            weight.dtype == torch.bfloat16 and has_bf16_units()
+        )
 
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """out (n, V) = hidden (n, H) W^T + bias, in the accumulator's dtype, never rounded."""
+    def logits(self, hidden: Tensor, out: Tensor, columns: slice = EVERY) -> Tensor:
+        """out (n, w) = hidden (n, H) W^T + bias at `columns`, in the accumulator's dtype."""
         if self.on_cpu and 0 < len(hidden) < LEAST_ROWS:
             padding = (0, 0, 0, LEAST_ROWS - len(hidden))
             padded = torch.nn.functional.pad(hidden, padding)
-            every = self.logits(padded, out.new_empty(LEAST_ROWS, out.shape[1]))
+            every = self.logits(padded, out.new_empty(LEAST_ROWS, out.shape[1]), columns)
             return out.copy_(every[: len(hidden)])
-        if not self.low_precision:
-            torch.mm(hidden, self.weight.T, out=out)
-        elif self.on_cpu:
-            self._upcast_logits(hidden, out)
-        else:
-            torch.mm(hidden, self.weight.T, out_dtype=self.accumulator, out=out)
-        return out if self.bias is None else out.add_(self.bias)
-
-    def _upcast_logits(self, hidden: Tensor, out: Tensor) -> None:
-        hidden = hidden.to(self.accumulator)
-        with _exact_bf16_products(self.weight.dtype):
-            for columns in self._slices():
-                weight = self.weight[columns].to(self.accumulator)
-                torch.mm(hidden, weight.T, out=out[:, columns])
+        weight = self.weight[columns]
+        for part in self._parts(len(weight)):
+            self._multiply(hidden, weight[part].T, out[:, part], add=False)
+        return out if self.bias is None else out.add_(self.bias[columns])
 
     def dhidden(self, ds: Tensor) -> Tensor:
         """(n, H) = ds W, in the weight's dtype (each row is one product, rounded once)."""
-        return torch.mm(ds, self.weight)
+        if self.rounds_well:
+            return torch.mm(ds, self.weight)
+        total = ds.new_zeros(len(ds), self.weight.shape[1], dtype=self.accumulator)
+        return self.add_dhidden(ds, total).to(self.weight.dtype)
 
-    def add_dweight(self, ds: Tensor, hidden: Tensor, dweight: Tensor) -> None:
-        """dweight (V, H), in the accumulator's dtype, += ds^T hidden."""
-        if not self.low_precision:
-            torch.addmm(dweight, ds.T, hidden, out=dweight)
-        elif self.on_cpu:
-            for rows in self._slices():
-                dweight[rows] += torch.mm(ds[:, rows].T, hidden)
-        else:
-            torch.addmm(dweight, ds.T, hidden, out_dtype=self.accumulator, out=dweight)
+    def add_dhidden(self, ds: Tensor, total: Tensor, columns: slice = EVERY) -> Tensor:
+        """total (n, H), in the accumulator's dtype, += ds (n, w) W at `columns`."""
+        weight = self.weight[columns]
+        for part in self._parts(len(weight)):
+            self._multiply(ds[:, part], weight[part], total, add=True)
+        return total
 
-    def dweight(self, ds: Tensor, hidden: Tensor) -> Tensor:
-        """(V, H) = ds^T hidden, rounded once."""
-        return torch.mm(ds.T, hidden)
+    def add_dweight(self, ds: Tensor, hidden: Tensor, total: Tensor) -> Tensor:
+        """total (w, H), in the accumulator's dtype, += ds (n, w)^T hidden (n, H)."""
+        for part in self._parts(len(total)):
+            self._multiply(ds[:, part].T, hidden, total[part], add=True)
+        return total
 
-    def _slices(self) -> Iterator[slice]:
-        vocabulary, hidden_size = self.weight.shape
-        step = max(SLICE_BYTES // (hidden_size * self.accumulator.itemsize), 1)
+    def dweight(self, ds: Tensor, hidden: Tensor, out: Tensor, unit: Tensor | None = None) -> None:
+        """out (w, H) = ds (n, w)^T hidden (n, H), times `unit`, rounded once to out's dtype."""
+        if unit is None and self.rounds_well:
+            torch.mm(ds.T, hidden, out=out)
+            return
+        for part in self._parts(len(out)):
+            total = torch.zeros_like(out[part], dtype=self.accumulator)
+            total = self.add_dweight(ds[:, part], hidden, total)
+            out[part] = total if unit is None else total * unit
+
+    def _multiply(self, left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
+        """out (+)= left right, summed and kept in the accumulator's dtype."""
+        given, more = (left, right), {"out": out}
+        if self.as_float32:
+            given = (left.to(self.accumulator), right.to(self.accumulator))
+        elif self.low_precision:
+            more["out_dtype"] = self.accumulator
+        with _exact_bf16_products(self.weight):
+            torch.addmm(out, *given, **more) if add else torch.mm(*given, **more)
+
+    def _parts(self, vocabulary: int) -> Iterator[slice]:
+        """Slices of the vocabulary: whole, or what a CPU brings to float32 at a time."""
+        step = max(vocabulary, 1)
+        if self.as_float32:
+            step = max(SLICE_BYTES // (self.weight.shape[1] * self.accumulator.itemsize), 1)
         for start in range(0, vocabulary, step):
             yield slice(start, min(start + step, vocabulary))
 
 
 @contextmanager
-def _exact_bf16_products(dtype: torch.dtype) -> Iterator[None]:
+def _exact_bf16_products(weight: Tensor) -> Iterator[None]:
     """Lets fp32 products of values that came from bf16 use the CPU's bf16 units.
 
     Rounding such inputs to bf16 changes nothing, and the sums stay fp32: the result is exact.
     """
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        yield
+        return
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    if dtype == torch.bfloat16:
-        matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:

@@ -36,23 +36,29 @@ def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:
 
 
 @without_autocast
-def token_logprob_forward(logits, target, mask, temperature, with_entropy):
-    """(logp, entropy | None, lse), zeros where the mask is false."""
-    results = [t.zero_() for t in empty_statistics(target, statistics_dtype(logits), 3)]
-    logp, lse, entropy = (result.view(-1) for result in results)
+def token_logprob_forward(logits, target, mask, temperature, with_entropy, with_softmax=False):
+    """(logp, entropy | None, lse, row_max | None, log_sum | None), zeros where the mask is false.
+
+    With `with_softmax` also each row's largest logit and log sum exp((logit - row_max) / T).
+    """
+    results = [t.zero_() for t in empty_statistics(target, statistics_dtype(logits), 5)]
+    logp, lse, entropy, row_max, log_sum = (result.view(-1) for result in results)
     matrix, target = Matrix(logits), target.reshape(-1)
     blocks = _Blocks(logits, with_entropy)
     for rows in blocks.select(mask, target):
         block = matrix.read(rows)
         if with_entropy:
-            x, p, row_max, log_sum = blocks.softmax(block, temperature)
-            logp[rows] = _at(x, target[rows]) - log_sum
-            lse[rows] = row_max / temperature + log_sum
-            entropy[rows] = log_sum - _expectation(p, x)
+            x, p, row_max[rows], log_sum[rows] = blocks.softmax(block, temperature)
+            logp[rows] = _at(x, target[rows]) - log_sum[rows]
+            lse[rows] = row_max[rows] / temperature + log_sum[rows]
+            entropy[rows] = log_sum[rows] - _expectation(p, x)
         else:
             logp[rows], lse[rows] = blocks.log_softmax_at(block, target[rows], temperature)
-    logp, lse, entropy = results
-    return logp, entropy if with_entropy else None, lse
+            if with_softmax:
+                row_max[rows], log_sum[rows] = blocks.largest(block)
+    logp, lse, entropy, row_max, log_sum = results
+    softmax = (row_max, log_sum) if with_softmax else (None, None)
+    return logp, entropy if with_entropy else None, lse, *softmax
 
 
 @without_autocast
@@ -85,6 +91,33 @@ def token_logprob_backward(
             p, target[rows], at_target[rows], at_softmax[rows], entropy_part, temperature
         )
         sink.write(rows, dz)
+
+
+@without_autocast
+def token_logprob_backward_slice(
+    logits, dlogits, row_max, log_sum, entropy, at_softmax, at_entropy, temperature
+):
+    """p (at_softmax - at_entropy (log p + H)) / T of some columns, from the whole rows' statistics.
+
+    Writes it into dlogits, which may be the logits themselves; at_entropy may be None.
+    """
+    replaces = dlogits.data_ptr() == logits.data_ptr() and dlogits.dtype == logits.dtype
+    size = rows_per_block(logits, 1 if at_entropy is None else 2)
+    memory = None if replaces else row_max.new_empty((size, logits.shape[1]))
+    for rows in select_rows(None, len(logits), size):
+        block = logits[rows]
+        log_p = block if replaces else memory[: len(block)]
+        torch.sub(block, row_max[rows, None], out=log_p)
+        log_p.mul_(1 / temperature).sub_(log_sum[rows, None])
+        factor = at_softmax[rows, None] / temperature
+        if at_entropy is None:
+            dz = log_p.exp_().mul_(factor)
+        else:
+            slope = at_entropy[rows, None] / temperature
+            dz = log_p.exp()
+            log_p.clamp_(min=FLOOR).add_(entropy[rows, None]).mul_(-slope).add_(factor)
+            dz.mul_(log_p)
+        dlogits[rows] = dz
 
 
 @without_autocast
@@ -165,6 +198,10 @@ class _Blocks:
         if far.any():
             lse[far] = block[far].amax(-1).to(z.dtype) / temperature - every_logp[far].amax(-1)
         return logp, lse
+
+    def largest(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's largest logit and -log p of it, after `log_softmax_at` of the same block."""
+        return block.amax(-1), -self.x[: block.shape[0]].amax(-1)
 
     def _scaled(self, block: Tensor, temperature: float) -> Tensor:
         """The block in working memory and precision, divided by the temperature."""

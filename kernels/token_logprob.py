@@ -188,12 +188,13 @@ def memory_for(backend: str):
     return gradient_memory if backend == "triton" else reference.gradient_memory
 
 
-def _forward(logits, target, mask, temperature, with_entropy, backend):
+def _forward(logits, target, mask, temperature, with_entropy, backend, with_softmax=False):
+    """(logp, entropy, lse, row_max, log_sum); the torch backend makes the last two if asked to."""
     check_targets_in_range(target, mask, logits.shape[-1], backend)
     arguments = (logits, target, mask, temperature, with_entropy)
     if backend == "triton":
         return _launch_forward(*arguments)
-    return *reference.token_logprob_forward(*arguments), None, None
+    return reference.token_logprob_forward(*arguments, with_softmax)
 
 
 def _backward(

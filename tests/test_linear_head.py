@@ -56,6 +56,18 @@ def test_every_check_of_the_battery_passes(operation, backend):
         check()
 
 
+@pytest.mark.parametrize("operation", HEAD_BATTERIES)
+@pytest.mark.parametrize("has_units", [False, True])
+def test_products_of_a_cpu_with_bfloat16_units_and_without_are_right(
+    operation, has_units, monkeypatch
+):
+    from rlcore.kernels import linear_products
+
+    monkeypatch.setattr(linear_products, "has_bf16_units", lambda: has_units)
+    for check in HEAD_BATTERIES[operation](getattr(rl, operation), "torch"):
+        check()
+
+
 @pytest.mark.parametrize("operation, mutant", MUTANTS)
 def test_a_wrong_head_is_refused(operation, mutant, tmp_path):
     op = op_of(load_kernels(tmp_path, mutant), operation)

@@ -191,6 +191,14 @@ def linear_policy_loss_checks(op: Callable, backend: str) -> Iterator[Callable[[
                 chunk_bytes=4 * 37 * 4)  # fmt: skip
     yield check(head_inputs((3, 6), "old_logp", "mask", temperature=0.6), chunk_bytes=5 * 37 * 4)
     yield check(head_inputs((3, 6), "mask", surrogate="reinforce", head=GEMMA), chunk_bytes=1)
+    # in low precision: some gradients fit dweight's memory, others stand behind it, others neither
+    for dtype, rows in ((torch.bfloat16, 4), (torch.bfloat16, 30), (torch.float16, 4)):
+        low = head_inputs((41,), *ALL, dtype=dtype, bias=True, head=GEMMA, beta=0.1,
+                          entropy_coef=0.5, temperature=1.3)  # fmt: skip
+        yield check(low, chunk_bytes=rows * 37 * 6)
+    plain = head_inputs((31,), "old_logp", dtype=torch.bfloat16, masked=0)
+    plain.advantage[::3] = 0
+    yield check(plain, chunk_bytes=8 * 37 * 6)
     small = head_inputs((7,), dtype=torch.float16, surrogate="reinforce", num_items=2e7)
     yield check(small, upstream=65536.0)
 
@@ -202,6 +210,8 @@ def linear_token_logprob_checks(op: Callable, backend: str) -> Iterator[Callable
     yield check(head_inputs((11,), "mask", bias=True, head=GEMMA, temperature=1.3))
     yield check(head_inputs((11,), "mask", bias=True, head=GEMMA, temperature=0.7), chunk_bytes=600)
     yield check(head_inputs((2, 5), head={"logit_scale": 0.4}, bias=True), chunk_bytes=600)
+    low = head_inputs((9,), "mask", bias=True, head=GEMMA, temperature=0.7, dtype=torch.bfloat16)
+    yield check(low, chunk_bytes=900)
     for head in (GEMMA, {"logit_scale": 0.4}):
         frozen = head_inputs((11,), "mask", bias=True, head=head, temperature=1.3)
         yield check(frozen, frozen=True, entropy=False, chunk_bytes=600)
