@@ -42,22 +42,23 @@ def token_logprob_forward(logits, target, mask, temperature, with_entropy, with_
     With `with_softmax` also each row's largest logit and log sum exp((logit - row_max) / T).
     """
     results = [t.zero_() for t in empty_statistics(target, statistics_dtype(logits), 5)]
-    logp, lse, entropy, row_max, log_sum = (result.view(-1) for result in results)
+    logp, lse, entropy, maxima, log_sums = (result.view(-1) for result in results)
     matrix, target = Matrix(logits), target.reshape(-1)
     blocks = _Blocks(logits, with_entropy)
     for rows in blocks.select(mask, target):
         block = matrix.read(rows)
         if with_entropy:
-            x, p, row_max[rows], log_sum[rows] = blocks.softmax(block, temperature)
-            logp[rows] = _at(x, target[rows]) - log_sum[rows]
-            lse[rows] = row_max[rows] / temperature + log_sum[rows]
-            entropy[rows] = log_sum[rows] - _expectation(p, x)
+            x, p, row_max, log_sum = blocks.softmax(block, temperature)
+            logp[rows] = _at(x, target[rows]) - log_sum
+            lse[rows] = row_max / temperature + log_sum
+            entropy[rows] = log_sum - _expectation(p, x)
+            maxima[rows], log_sums[rows] = row_max, log_sum
         else:
             logp[rows], lse[rows] = blocks.log_softmax_at(block, target[rows], temperature)
             if with_softmax:
-                row_max[rows], log_sum[rows] = blocks.largest(block)
-    logp, lse, entropy, row_max, log_sum = results
-    softmax = (row_max, log_sum) if with_softmax else (None, None)
+                maxima[rows], log_sums[rows] = blocks.largest(block)
+    logp, lse, entropy, *softmax = results
+    softmax = softmax if with_softmax else (None, None)
     return logp, entropy if with_entropy else None, lse, *softmax
 
 

@@ -124,6 +124,33 @@ def test_nan_behind_the_mask_reaches_no_gradient(backend):
         assert dhidden[inputs.options["mask"]].any() and dweight.any() and dbias.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [None, 900])
+def test_words_that_the_bias_bans_get_no_gradient_and_spoil_none(chunk_bytes, dtype, backend):
+    inputs = head_inputs((12,), bias=True, hidden_size=6, dtype=dtype).to(DEVICE)
+    inputs.bias[::5] = float("-inf")
+    target = torch.where(inputs.target % 5 == 0, inputs.target + 1, inputs.target)
+    leaves, wide = inputs.leaves(), inputs.leaves(torch.float64)
+    given = {"bias": leaves[2], "backend": backend, "chunk_bytes": chunk_bytes}
+    loss = rl.linear_policy_loss(
+        *leaves[:2], target, inputs.advantage, entropy_coef=0.3, loss_agg_mode="token-mean", **given
+    ).loss
+    out = rl.linear_token_logprob(*leaves[:2], target, **given)
+    every_logp = naive_logits(*wide).log_softmax(-1)
+    p = every_logp.exp()
+    entropy = -(p * every_logp.clamp(min=-1e30)).sum(-1)
+    logp = every_logp.gather(-1, target[:, None]).squeeze(-1)
+    # on-policy, the clipped surrogate's gradient is that of A logp
+    want = -(logp * inputs.advantage + 0.3 * entropy).mean()
+    for mine, truth in ((loss, want), (out.logp.sum() + out.entropy.sum(), (logp + entropy).sum())):
+        got = torch.autograd.grad(mine, leaves, retain_graph=True)
+        expected = torch.autograd.grad(truth, wide, retain_graph=True)
+        assert not got[1][::5].any() and not got[2][::5].any()
+        for gradient, wanted in zip(got, expected, strict=True):
+            error = (gradient.double() - wanted).norm() / wanted.norm()
+            assert error <= {torch.bfloat16: 1e-2, torch.float32: 1e-5}.get(dtype, 1e-6), error
+
+
 def test_a_batch_of_masked_tokens_gives_a_differentiable_zero(backend):
     inputs = head_inputs((6,), bias=True).to(DEVICE)
     hidden, weight, bias = inputs.leaves()
