@@ -27,7 +27,7 @@ from .linear_chunks import (
     unit_of,
 )
 from .linear_products import Head, Products, gradient_dtype
-from .linear_slices import SlicedGradient, SliceMemory, Softmaxes, slices_of
+from .linear_slices import SlicedGradient, Softmaxes, sliced_gradients
 from .surrogates import SURROGATES, PolicyOptions, policy_terms
 
 
@@ -216,45 +216,9 @@ def logprob_backward(
     )  # fmt: skip
     sliced = SlicedGradient(whole.at(rows), Products(weight, bias), run.head, run.backend)
     place = None if kept is None else (mask.cumsum(0) - 1)[rows]
-    dhidden, dweight, dbias = _sliced_gradients(sliced, kept, place, run, unit)
+    dhidden, dweight, dbias = sliced_gradients(
+        sliced, kept, place, run.needs, run.plan.slice_columns, unit
+    )  # fmt: skip
     if dhidden is not None and len(dhidden) != len(hidden):
         dhidden = torch.zeros_like(hidden).index_copy_(0, indices_of(rows, hidden.device), dhidden)
     return [dhidden, dweight, dbias]
-
-
-def _sliced_gradients(
-    sliced: SlicedGradient,
-    kept: Tensor | None,
-    place: Tensor | None,
-    run: Run,
-    unit: Tensor | None,
-) -> Gradients3:
-    """The gradients of the tokens' hidden (n, H), of weight and bias, times `unit`."""
-    tokens, products = sliced.tokens, sliced.products
-    weight, columns = products.weight, run.plan.slice_columns
-    like = {"dtype": products.accumulator, "device": weight.device}
-    separate = products.low_precision or run.head.softcap is not None
-    memory = SliceMemory.for_tokens(
-        len(tokens), columns, torch.empty(0, **like), weight.dtype if separate else None
-    )
-    dhidden = torch.zeros(tokens.hidden.shape, **like) if run.needs[0] else None
-    dweight = torch.zeros_like(weight) if run.needs[1] else None
-    dbias = torch.zeros(len(weight), **like) if run.needs[2] else None
-    for part in slices_of(len(weight), columns) if len(tokens) else []:
-        z, dz = memory.views(len(tokens), part.stop - part.start)
-        z = sliced.logits(part, z) if kept is None else _taken(kept, part, place, z)
-        ds = sliced.ds(part, z, dz)
-        if dhidden is not None:
-            products.add_dhidden(ds, dhidden, part)
-        if dweight is not None:
-            products.dweight(ds, tokens.hidden, dweight[part], unit)
-        if dbias is not None:
-            dbias[part] = ds.sum(0, dtype=dbias.dtype)
-    if unit is not None:
-        dhidden, dbias = (None if g is None else g * unit for g in (dhidden, dbias))
-    dhidden, dbias = (None if g is None else g.to(weight.dtype) for g in (dhidden, dbias))
-    return [dhidden, dweight, dbias]
-
-
-def _taken(kept: Tensor, part: slice, place: Tensor, z: Tensor) -> Tensor:
-    return torch.index_select(kept[:, part], 0, place, out=z)

@@ -140,3 +140,47 @@ def _stride(width: int) -> int:
 
 def slices_of(vocabulary: int, width: int) -> list[slice]:
     return [slice(a, min(a + width, vocabulary)) for a in range(0, vocabulary, width)]
+
+
+def sliced_gradients(
+    sliced: SlicedGradient,
+    kept: Tensor | None,
+    place: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    columns: int,
+    unit: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradients of the tokens' hidden (n, H), of weight and bias, times `unit`.
+
+    `kept` may hold logits, the tokens' at rows `place` (n,); else they are made again, `columns`
+    of the vocabulary at a time.
+    """
+    tokens, products = sliced.tokens, sliced.products
+    weight = products.weight
+    like = {"dtype": products.accumulator, "device": weight.device}
+    separate = products.low_precision or sliced.head.softcap is not None
+    memory = SliceMemory.for_tokens(
+        len(tokens), columns, torch.empty(0, **like), weight.dtype if separate else None
+    )
+    dhidden = torch.zeros(tokens.hidden.shape, **like) if needs[0] else None
+    dweight = None
+    if needs[1]:
+        dweight = torch.empty_like(weight) if len(tokens) else torch.zeros_like(weight)
+    dbias = torch.zeros(len(weight), **like) if needs[2] else None
+    for part in slices_of(len(weight), columns) if len(tokens) else []:
+        z, dz = memory.views(len(tokens), part.stop - part.start)
+        if kept is None:
+            sliced.logits(part, z)
+        else:
+            torch.index_select(kept[:, part], 0, place, out=z)
+        ds = sliced.ds(part, z, dz)
+        if dhidden is not None:
+            products.add_dhidden(ds, dhidden, part)
+        if dweight is not None:
+            products.dweight(ds, tokens.hidden, dweight[part], unit)
+        if dbias is not None:
+            dbias[part] = ds.sum(0, dtype=dbias.dtype)
+    if unit is not None:
+        dhidden, dbias = (None if g is None else g * unit for g in (dhidden, dbias))
+    dhidden, dbias = (None if g is None else g.to(weight.dtype) for g in (dhidden, dbias))
+    return [dhidden, dweight, dbias]
