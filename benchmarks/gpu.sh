@@ -73,7 +73,8 @@ bench() { "$PYTHON" -m rlcore bench "$@" --device "$DEVICE"; }
 if [[ $DEVICE == cuda ]]; then
     sets=(gpu scaling) large=(large)
     row_tests=(token_logprob policy_loss policy_loss_properties bad_input ops mutants)
-    other_tests=(linear_head linear_ops categorical categorical_kernels scan_kernels surrogates)
+    other_tests=(linear_head linear_plan linear_ops linear_preference linear_categorical_kl)
+    other_tests+=(categorical categorical_kernels scan_kernels surrogates)
 else
     sets=(quick) large=(gae/forward/float32/B=8,T=200)
     row_tests=(layers) other_tests=(doctor)

@@ -130,18 +130,18 @@ class KeptGradients:
         self.coming, self.again = coming, 0
         self.whole = torch.empty_like(weight, dtype=gradient_dtype(weight.dtype))
         self.slices = slices_of(len(weight), columns)
-        self.own_slices = [self._own_slice(part) for part in self.slices]
+        # dweight's memory as the logits' gradient: (slices, tokens, w), and a narrower last slice
+        memory = self.whole.view(-1).view(chunk.all_dz.dtype)
+        self.room, count = memory.numel() // len(weight), len(weight) // columns
+        equal, last = memory.tensor_split([count * columns * self.room])
+        self.equal_slices = equal.view(count, self.room, columns)
+        self.last_slice = last.view(self.room, len(weight) - count * columns)
         self.own, self.own_rows, self.kept_rows = 0, [], []
         self.remade: list[Softmaxes] = []
 
-    def _own_slice(self, part: slice) -> Tensor:
-        """dweight's memory at a slice of w columns as (tokens, w) of the logits' gradient."""
-        memory = self.whole[part].view(-1).view(self.chunk.all_dz.dtype)
-        return memory.view(-1, part.stop - part.start)
-
     def expect(self, count: int, softmaxes: Callable[[], Softmaxes]) -> None:
         """Announces a chunk of `count` tokens, some of which may have to be made again."""
-        free = len(self.own_slices[0]) - self.own + len(self.chunk.dz)
+        free = self.room - self.own + len(self.chunk.dz)
         self.again = min(max(self.coming - free, 0), count)
         self.coming -= count
         if self.again:
@@ -154,23 +154,28 @@ class KeptGradients:
             again = int((where < again).sum())
             self.remade[-1] = self.remade[-1].at(where[:again])
         ds, rows = ds[again:], rows[again:]
-        left = max(len(ds) - (len(self.own_slices[0]) - self.own), 0)
-        moved = len(ds) - left
-        if moved:
-            for part, memory in zip(self.slices, self.own_slices, strict=True):
-                memory[self.own : self.own + moved] = ds[left:, part]
-            self.own += moved
-            self.own_rows.append(rows[left:])
+        left = max(len(ds) - (self.room - self.own), 0)
+        self._store_in_dweight(ds[left:])
+        self.own_rows.append(rows[left:])
         if again or where is not None:
             self.chunk.dz[:left] = ds[:left].clone() if where is None else ds[:left]
         self.chunk.first += left
         self.kept_rows.append(rows[:left])
 
+    def _store_in_dweight(self, ds: Tensor) -> None:
+        count, _, columns = self.equal_slices.shape
+        tokens, split = slice(self.own, self.own + len(ds)), count * columns
+        by_slice = ds[:, :split].unflatten(1, (count, columns)).transpose(0, 1)
+        self.equal_slices[:, tokens] = by_slice
+        self.last_slice[tokens] = ds[:, split:]
+        self.own = tokens.stop
+
     def dweight(self, unit: Tensor | None) -> Tensor:
         """dweight, slice by slice: one sum over all tokens, rounded once."""
         own_hidden, kept_hidden = self._hidden(self.own_rows), self._hidden(self.kept_rows)
         kept, remade = self.chunk.all_dz[: self.chunk.first], self._remade_gradients()
-        for part, memory in zip(self.slices, self.own_slices, strict=True):
+        own_slices = (*self.equal_slices, self.last_slice)
+        for part, memory in zip(self.slices, own_slices, strict=False):
             pieces = [(memory[: self.own], own_hidden), (kept[:, part], kept_hidden)]
             pieces = [piece for piece in pieces if len(piece[0])]
             # not in its own place yet: that is where the first piece stands

@@ -123,6 +123,34 @@ def test_every_dtype_is_no_worse_than_eager(dtype, head, backend):
         assert mine <= 1.5 * theirs + 8 * torch.finfo(mine_dtype(dtype)).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_precision_dweight_does_not_depend_on_how_many_pairs_go_together(dtype, backend):
+    """Some gradients of the logits stand in dweight's memory, some behind it, some are remade."""
+    from rlcore.kernels.linear_preference import plan_pairs
+
+    inputs = Inputs(dtype, pairs=14)
+    small = 2 * 2 * T * V * 6
+    rows, weight = inputs.hidden.flatten(0, 1), inputs.weight
+    plan = plan_pairs(rows, weight, inputs.mask.sum(1), (True, True, True), chunk_bytes=small)
+    counted = int(inputs.mask.sum())
+    own = H * (1 if dtype == torch.bfloat16 else 2)
+    assert plan.chunk_tokens < plan.dz_tokens < counted - own - 8
+
+    def gradients(chunk_bytes):
+        leaves = inputs.leaves()
+        loss = fused(
+            rl.linear_preference_loss, inputs, leaves, chunk_bytes=chunk_bytes, backend=backend
+        ).loss
+        return torch.autograd.grad(loss, leaves)
+
+    wide = inputs.leaves(torch.float64)
+    truths = torch.autograd.grad(naive(inputs, wide).loss, wide)
+    for few, whole, truth in zip(gradients(small), gradients(None), truths, strict=True):
+        errors = [(x.double() - truth).norm() / truth.norm() for x in (few, whole)]
+        assert errors[0] <= 1.05 * errors[1] + 1e-6, errors
+        assert (few != whole).double().mean() < 0.03
+
+
 def mine_dtype(dtype):
     """Gradients come back in the inputs' dtype, rounded once or twice."""
     return dtype
