@@ -84,7 +84,7 @@ class Gathered:
         weight = products.weight
         like = {"dtype": products.accumulator, "device": weight.device}
         self.products, self.chunk, self.kept = products, chunk, kept
-        self.dhidden = torch.zeros_like(hidden) if needs[0] else None
+        self.dhidden = hidden.new_zeros(hidden.shape) if needs[0] else None
         self.dweight = torch.zeros(weight.shape, **like) if needs[1] and kept is None else None
         self.dbias = torch.zeros(weight.shape[0], **like) if needs[2] else None
 
@@ -128,7 +128,8 @@ class KeptGradients:
         weight, columns = products.weight, run.plan.slice_columns
         self.hidden, self.products, self.run, self.chunk = hidden, products, run, chunk
         self.coming, self.again = coming, 0
-        self.whole = torch.empty_like(weight, dtype=gradient_dtype(weight.dtype))
+        dtype = gradient_dtype(weight.dtype)
+        self.whole = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self.slices = slices_of(len(weight), columns)
         # dweight's memory as the logits' gradient: (slices, tokens, w), and a narrower last slice
         memory = self.whole.view(-1).view(chunk.all_dz.dtype)

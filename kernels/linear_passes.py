@@ -220,5 +220,6 @@ def logprob_backward(
         sliced, kept, place, run.needs, run.plan.slice_columns, unit
     )  # fmt: skip
     if dhidden is not None and len(dhidden) != len(hidden):
-        dhidden = torch.zeros_like(hidden).index_copy_(0, indices_of(rows, hidden.device), dhidden)
+        whole = hidden.new_zeros(hidden.shape)
+        dhidden = whole.index_copy_(0, indices_of(rows, hidden.device), dhidden)
     return [dhidden, dweight, dbias]

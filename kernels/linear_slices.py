@@ -165,7 +165,8 @@ def sliced_gradients(
     dhidden = torch.zeros(tokens.hidden.shape, **like) if needs[0] else None
     dweight = None
     if needs[1]:
-        dweight = torch.empty_like(weight) if len(tokens) else torch.zeros_like(weight)
+        make = torch.empty if len(tokens) else torch.zeros
+        dweight = make(weight.shape, dtype=weight.dtype, device=weight.device)
     dbias = torch.zeros(len(weight), **like) if needs[2] else None
     for part in slices_of(len(weight), columns) if len(tokens) else []:
         z, dz = memory.views(len(tokens), part.stop - part.start)

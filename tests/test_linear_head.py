@@ -124,6 +124,25 @@ def test_nan_behind_the_mask_reaches_no_gradient(backend):
         assert dhidden[inputs.options["mask"]].any() and dweight.any() and dbias.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_and_hidden_of_any_strides_give_the_same(dtype, backend):
+    inputs = head_inputs((2, 9), "mask", hidden_size=6, dtype=dtype, masked=0.2).to(DEVICE)
+    results = []
+    for strided in (False, True):
+        hidden, weight = inputs.leaves()
+        if strided:
+            hidden = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+            weight = weight.detach().T.contiguous().T.requires_grad_()
+            assert not hidden.is_contiguous() and not weight.is_contiguous()
+        given = {"mask": inputs.options["mask"], "backend": backend, "chunk_bytes": 900}
+        out = rl.linear_token_logprob(hidden, weight, inputs.target, **given)
+        loss = rl.linear_policy_loss(hidden, weight, inputs.target, inputs.advantage, **given).loss
+        for scalar in (loss, out.logp.sum() + out.entropy.sum()):
+            results.append([scalar.detach(), *torch.autograd.grad(scalar, (hidden, weight))])
+    for got, want in zip(results[2:], results[:2], strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_bytes", [None, 900])
 def test_words_that_the_bias_bans_get_no_gradient_and_spoil_none(chunk_bytes, dtype, backend):
