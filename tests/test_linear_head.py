@@ -68,6 +68,29 @@ def test_products_of_a_cpu_with_bfloat16_units_and_without_are_right(
         check()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="its meta addmm has no out_dtype")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_takes_the_products_that_a_gpu_is_asked_for(dtype):
+    """On the "meta" device, which checks shapes and dtypes: float32 sums of bfloat16 operands."""
+    from rlcore.kernels.linear_products import Products
+
+    tokens, hidden_size, vocabulary, part = 6, 4, 32, slice(16, 32)
+    weight = torch.empty(vocabulary, hidden_size, dtype=dtype, device="meta")
+    products = Products(weight, weight[:, 0])
+    hidden, ds = weight[:tokens], weight.new_empty(tokens, 16)
+    wide = {"dtype": products.accumulator, "device": "meta"}
+    z = torch.empty(tokens, 24, **wide)[:, :16]
+    assert products.logits(hidden, z, part) is z
+    assert products.logits(hidden[:1], z[:1], part).shape == (1, 16)
+    assert products.dhidden(weight.new_empty(tokens, vocabulary)).dtype == dtype
+    total = torch.empty(tokens, hidden_size, **wide)
+    assert products.add_dhidden(ds, total, part) is total
+    whole = torch.empty(vocabulary, hidden_size, **wide)
+    assert products.add_dweight(ds, hidden, whole[part]).dtype == products.accumulator
+    for unit in (None, torch.ones((), **wide)):
+        products.dweight(ds, hidden, weight[part], unit)
+
+
 @pytest.mark.parametrize("operation, mutant", MUTANTS)
 def test_a_wrong_head_is_refused(operation, mutant, tmp_path):
     op = op_of(load_kernels(tmp_path, mutant), operation)
