@@ -68,6 +68,34 @@ def test_products_of_a_cpu_with_bfloat16_units_and_without_are_right(
         check()
 
 
+@pytest.mark.parametrize("operation", HEAD_BATTERIES)
+def test_the_way_of_a_gpu_is_right_where_its_products_are_emulated(operation, monkeypatch):
+    """Products with an out_dtype are a GPU's alone: here float32 ones stand in for them."""
+    from rlcore.kernels import linear_products
+
+    calls = []
+
+    def emulated(product):
+        def wrapped(*tensors, out_dtype=None, out=None):
+            if out_dtype is None:
+                return product(*tensors, out=out)
+            calls.append(out_dtype)
+            return product(*(t.to(out_dtype) for t in tensors), out=out)
+
+        return wrapped
+
+    def init(self, weight, bias, _init=linear_products.Products.__init__):
+        _init(self, weight, bias)
+        self.on_cpu, self.as_float32, self.rounds_well = False, False, True
+
+    monkeypatch.setattr(linear_products.Products, "__init__", init)
+    monkeypatch.setattr(torch, "mm", emulated(torch.mm))
+    monkeypatch.setattr(torch, "addmm", emulated(torch.addmm))
+    for check in HEAD_BATTERIES[operation](getattr(rl, operation), "triton"):
+        check()
+    assert DEVICE == "cuda" or calls
+
+
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="its meta addmm has no out_dtype")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_takes_the_products_that_a_gpu_is_asked_for(dtype):
