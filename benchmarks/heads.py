@@ -120,8 +120,8 @@ def forward_backward(name: str, step: Step) -> tuple[Tensor, Tensor, Tensor]:
 def main(name: str, dtype: str) -> None:
     torch.set_num_threads(1)
     step, tiny = make_step(getattr(torch, dtype), True), make_step(getattr(torch, dtype), True, 1)
-    give_back_freed()
     forward_backward(name, tiny)
+    give_back_freed()
     reset_resident_peak()
     before = resident_peak()
     gradients = forward_backward(name, step)[1:]

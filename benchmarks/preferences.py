@@ -103,8 +103,8 @@ def forward_backward(name: str, step: Step) -> tuple[Tensor, Tensor, Tensor]:
 def main(name: str) -> None:
     torch.set_num_threads(1)
     step, tiny = make_step(), make_step(1)
-    give_back_freed()
     forward_backward(name, tiny)
+    give_back_freed()
     reset_resident_peak()
     before = resident_peak()
     gradients = forward_backward(name, step)[1:]

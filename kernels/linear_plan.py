@@ -13,7 +13,7 @@ from .linear_products import SLICE_BYTES, gradient_dtype
 # CPU what keeps the row work near the cache, on a GPU what keeps the products large.
 DEFAULT_CHUNK_BYTES = {"cpu": 256 << 20}
 DEFAULT_CHUNK_BYTES_ELSEWHERE = 1 << 30
-MOST_CHUNK_BYTES = {"cpu": 64 << 20}
+MOST_CHUNK_BYTES = {"cpu": 56 << 20}
 CHUNK_STEP = 128  # a large chunk's tokens are a multiple of it, as tiles of a product are
 ALIGNED = 16  # columns of a slice: what keeps its rows at 16-byte boundaries
 PART_BYTES = 32 << 20  # of a float32 slice of dweight before it is rounded

@@ -12,7 +12,7 @@ from torch import Tensor
 from .blocks import statistics_dtype
 
 LEAST_ROWS = 4  # with fewer, a CPU's library takes another route, with other rounding
-SLICE_BYTES = 8 << 20  # of the head's weight brought to fp32 at a time on a CPU
+SLICE_BYTES = 8 << 20  # of an operand brought to fp32 at a time on a CPU
 EVERY = slice(None)
 
 
@@ -94,13 +94,13 @@ class Products:
     def add_dhidden(self, ds: Tensor, total: Tensor, columns: slice = EVERY) -> Tensor:
         """total (n, H), in the accumulator's dtype, += ds (n, w) W at `columns`."""
         weight = self.weight[columns]
-        for part in self._parts(len(weight)):
+        for part in self._parts(len(weight), len(ds)):
             self._multiply(ds[:, part], weight[part], total, add=True)
         return total
 
     def add_dweight(self, ds: Tensor, hidden: Tensor, total: Tensor) -> Tensor:
         """total (w, H), in the accumulator's dtype, += ds (n, w)^T hidden (n, H)."""
-        for part in self._parts(len(total)):
+        for part in self._parts(len(total), len(ds)):
             self._multiply(ds[:, part].T, hidden, total[part], add=True)
         return total
 
@@ -109,7 +109,7 @@ class Products:
         if unit is None and self.rounds_well:
             torch.mm(ds.T, hidden, out=out)
             return
-        for part in self._parts(len(out)):
+        for part in self._parts(len(out), len(ds)):
             total = torch.zeros_like(out[part], dtype=self.accumulator)
             total = self.add_dweight(ds[:, part], hidden, total)
             out[part] = total if unit is None else total * unit
@@ -124,11 +124,15 @@ class Products:
         with _exact_bf16_products(self.weight):
             torch.addmm(out, *given, **more) if add else torch.mm(*given, **more)
 
-    def _parts(self, vocabulary: int) -> Iterator[slice]:
-        """Slices of the vocabulary: whole, or what a CPU brings to float32 at a time."""
+    def _parts(self, vocabulary: int, tokens: int = 0) -> Iterator[slice]:
+        """Slices of the vocabulary: whole, or what a CPU brings to float32 at a time.
+
+        That is a slice of the weight and, of so many tokens, of the logits' gradient.
+        """
         step = max(vocabulary, 1)
         if self.as_float32:
-            step = max(SLICE_BYTES // (self.weight.shape[1] * self.accumulator.itemsize), 1)
+            numbers = max(self.weight.shape[1], tokens) * self.accumulator.itemsize
+            step = max(SLICE_BYTES // numbers, 1)
         for start in range(0, vocabulary, step):
             yield slice(start, min(start + step, vocabulary))
 

@@ -79,9 +79,9 @@ def main(key: str, name: str, threads: str) -> None:
         return with_leaves(operation, (contestant.prepare or dict)(inputs))
 
     inputs = prepared(case)
-    give_back_freed()
     # before the clock: imports, and the scratch memory that a library keeps
     call(contestant, operation, prepared(smaller(case)), case.direction)
+    give_back_freed()
     reset_resident_peak()
     before = resident_peak()
     kept = call(contestant, operation, inputs, case.direction)
