@@ -124,6 +124,9 @@ def assert_same(patched: Result, plain: Result) -> None:
     for mine, theirs in zip(patched.logs, plain.logs, strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
+            # before the first step policy and reference are one: rounding alone breaks the tie
+            if name == "rewards/accuracies" and abs(theirs["rewards/margins"]) < 1e-6:
+                continue
             if isinstance(value, float) and not any(word in name for word in UNCOMPARED):
                 assert abs(mine[name] - value) <= 1e-4 * (1 + abs(value)), name
     moved = 0.0
