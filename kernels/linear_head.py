@@ -142,8 +142,9 @@ def linear_policy_loss(
 
     The head's arguments are those of `linear_token_logprob`, all others those of `policy_loss`.
     The gradients of hidden, weight and bias are made in the same pass over the chunks (6 N H V
-    operations, nothing recomputed), only for the inputs that need one; masked tokens cost no
-    product, and clipped ones or those with advantage 0 no backward product.
+    operations, nothing recomputed; in bfloat16 and float16 up to 8 for the tokens beyond the
+    budget, see `plan_linear`), only for the inputs that need one; masked tokens cost no product,
+    and clipped ones or those with advantage 0 no backward product.
 
     Returns:
         PolicyLoss(loss, logp, entropy, kl, clipped); the loss is differentiable (once) in hidden,

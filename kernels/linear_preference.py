@@ -66,8 +66,9 @@ def linear_preference_loss(
 
     The head's arguments are those of `linear_token_logprob`, the losses' those of
     `preference_loss`. Pairs are gone through a few at a time: 6 N H V operations, nothing
-    recomputed, where a pair's logits fit `chunk_bytes` and the loss does not couple pairs ("aot"
-    does); else by the plan of `linear_token_logprob` (`plan_linear` shows it).
+    recomputed (but in bfloat16 and float16 beyond the budget, as in `linear_policy_loss`), where a
+    pair's logits fit `chunk_bytes` and the loss does not couple pairs ("aot" does); else by the
+    plan of `linear_token_logprob` (`plan_linear` shows it).
 
     Args:
         hidden: (2B, T, H), rows [chosen; rejected]: B chosen answers, then their rivals in order.
