@@ -22,7 +22,7 @@ CASES = {
     (torch.float32, False): {"trl logits": 1.1},
     (torch.bfloat16, True): {"trl logits": 1.0},
 }
-CHUNK_BYTES = 64 << 20  # what a chunk takes at most on a CPU
+CHUNK_BYTES = 64 << 20  # the budget that the peak is held to, on a CPU
 
 
 @pytest.fixture(autouse=True)

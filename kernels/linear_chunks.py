@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linear_plan import LinearPlan
+from .linear_plan import LinearPlan, aligned
 from .linear_products import Head, Products, gradient_dtype
 from .linear_slices import SlicedGradient, SliceMemory, Softmaxes, slices_of
 
@@ -44,7 +44,7 @@ class Chunk:
     def __init__(self, products: Products, run: Run, gradient: bool = True):
         plan, self.vocabulary, self.first = run.plan, run.plan.vocabulary, 0
         # Triton's 16-byte stores want every row of both to start at a 16-byte boundary
-        width = -(-self.vocabulary // 16) * 16 if run.backend == "triton" else self.vocabulary
+        width = aligned(self.vocabulary) if run.backend == "triton" else self.vocabulary
         like = {"dtype": products.accumulator, "device": products.weight.device}
         self.all_z = self.all_dz = torch.empty((plan.chunk_tokens, width), **like)
         if gradient and (products.low_precision or run.head.softcap is not None):

@@ -137,10 +137,10 @@ def make_plan(
     if any(needs) and not coupled:
         plan = _one_pass_plan(shape, sizes, chunk_bytes, device, needs, chunk_tokens)
         return replace(plan, operations=operations + 2 * plan.remade_tokens * one // max(tokens, 1))
-    kept = tokens * vocabulary * sizes.logit
+    fits = 2 * tokens * vocabulary * sizes.logit <= budget_of(chunk_bytes, device)
     frozen_head = needs == (True, False, False) and not with_entropy
-    if any(needs) and not (keeps and frozen_head and 2 * kept > budget_of(chunk_bytes, device)):
-        plan = _sliced_plan(shape, sizes, chunk_bytes, device, needs, keeps)
+    if any(needs) and (fits or not (keeps and frozen_head)):
+        plan = _sliced_plan(shape, sizes, chunk_bytes, device, needs, keeps and fits)
         return replace(plan, operations=operations + 2 * (plan.passes - 1) * one)
     token_bytes = vocabulary * (sizes.both if any(needs) else sizes.logit)
     chunk_tokens, most, _ = chunks_of(tokens, token_bytes, chunk_bytes, device)
@@ -200,7 +200,7 @@ def _sliced_plan(
     row, budget = vocabulary * sizes.logit, budget_of(chunk_bytes, device)
     chunk_tokens, most, _ = chunks_of(tokens, row, budget, device)
     strategy, passes, kept = "recompute", 2, 0
-    if keeps and 2 * tokens * row <= budget:
+    if keeps:
         strategy, passes, kept, chunk_tokens = "kept-logits", 1, tokens * row, max(tokens, 1)
     # where sums are wider than the inputs, that of dhidden
     summed = tokens * hidden_size * sizes.logit * (sizes.low_precision and needs[0])
@@ -208,7 +208,7 @@ def _sliced_plan(
     most_bytes = min(left, MOST_CHUNK_BYTES.get(device, left))
     columns = _rounded(most_bytes // (max(tokens, 1) * sizes.both), ALIGNED)
     columns = min(columns, vocabulary)
-    sliced = summed + tokens * -(-columns // ALIGNED) * ALIGNED * sizes.both
+    sliced = summed + tokens * aligned(columns) * sizes.both
     peak = max(chunk_tokens * row, kept + sliced) + sizes.beside
     return LinearPlan(
         strategy, *shape, chunk_tokens, 0, passes, peak, most, slice_columns=columns
@@ -232,6 +232,11 @@ def chunks_of(
     most = max(min(_rounded(fitting, 1), tokens), 1)
     chunks = max(-(-tokens // most), 1)
     return max(-(-tokens // chunks), 1), max(budget // token_bytes, 1), budget
+
+
+def aligned(columns: int) -> int:
+    """The numbers from one row to the next, so that each row starts at a 16-byte boundary."""
+    return -(-columns // ALIGNED) * ALIGNED
 
 
 def _rounded(count: int, least: int) -> int:

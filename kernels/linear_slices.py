@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import token_logprob as rows_logprob
-from .linear_plan import ALIGNED
+from .linear_plan import aligned
 from .linear_products import Head, Products
 from .reference import token_logprob_backward_slice
 
@@ -114,7 +114,7 @@ class SliceMemory:
 
     @staticmethod
     def for_tokens(tokens: int, width: int, like: Tensor, dtype: torch.dtype | None) -> SliceMemory:
-        size = tokens * _stride(width)
+        size = tokens * aligned(width)
         if dtype is not None:
             size += -(-size * dtype.itemsize // like.element_size())
         return SliceMemory(like.new_empty(size), dtype)
@@ -122,20 +122,16 @@ class SliceMemory:
     def fitting(self, width: int) -> int:
         """Tokens of which a slice fits."""
         beside = 0 if self.dtype is None else self.dtype.itemsize
-        token = _stride(width) * (self.given.element_size() + beside)
+        token = aligned(width) * (self.given.element_size() + beside)
         return self.given.nbytes // token
 
     def views(self, tokens: int, width: int) -> tuple[Tensor, Tensor]:
         """(z, dz) of a slice, whose rows start at 16-byte boundaries."""
-        size, shape = tokens * _stride(width), (tokens, _stride(width))
+        size, shape = tokens * aligned(width), (tokens, aligned(width))
         z = dz = self.given[:size].view(shape)
         if self.dtype is not None:
             dz = self.given[size:].view(self.dtype)[:size].view(shape)
         return z[:, :width], dz[:, :width]
-
-
-def _stride(width: int) -> int:
-    return -(-width // ALIGNED) * ALIGNED
 
 
 def slices_of(vocabulary: int, width: int) -> list[slice]:
