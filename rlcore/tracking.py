@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from rlcore.checkpoint import METRICS_FILE, discard_unstarted
 from rlcore.display import Display
 from rlcore.errors import UserError, unknown_name
+from rlcore.output_dir import METRICS_FILE, discard_unstarted
 
 GRPO_COLUMNS = ("reward", "kl", "entropy", "tokens_per_second")
 SFT_COLUMNS = ("loss", "learning_rate", "tokens_per_second")

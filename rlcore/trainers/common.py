@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from rlcore import checkpoint
+from rlcore import checkpoint, output_dir
 from rlcore.adapters import add_lora, checkpoint_adapters_alone
 from rlcore.config import save_config
 from rlcore.errors import TrainingDiverged
@@ -128,10 +128,10 @@ def start_run(
     # Every process has looked at the output directory by now; from here on it is no longer empty.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        checkpoint.prepare_output_dir(
+        output_dir.prepare_output_dir(
             config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume
         )
-        save_config(config, Path(config.output_dir) / checkpoint.CONFIG_FILE)
+        save_config(config, Path(config.output_dir) / output_dir.CONFIG_FILE)
     accelerator.wait_for_everyone()
     if previous is not None:
         state = checkpoint.load_checkpoint(accelerator, previous)

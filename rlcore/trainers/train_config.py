@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rlcore.adapters import ALL_LINEAR, is_adapter, require_peft
-from rlcore.checkpoint import check_output_dir
 from rlcore.errors import UserError, unknown_name
+from rlcore.output_dir import check_output_dir
 from rlcore.tracking import check_report_to
 from rlcore.trainers.schedules import check_schedule
 
