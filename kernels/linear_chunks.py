@@ -97,12 +97,13 @@ class Gathered:
             rows = where + rows.start if isinstance(rows, slice) else rows[where]
         if self.dhidden is not None:
             self.dhidden[rows] = self.products.dhidden(ds)
-        if self.kept is not None:
-            self.kept.add(ds, rows, where)
         if self.dweight is not None:
             self.products.add_dweight(ds, hidden, self.dweight)
         if self.dbias is not None:
             self.dbias += ds.sum(0, dtype=self.dbias.dtype)
+        # last, as gradients that are kept move into the memory that ds stands in
+        if self.kept is not None:
+            self.kept.add(ds, rows, where)
 
     def finish(self, unit: Tensor | None, dtype: torch.dtype) -> Gradients3:
         """The gradients times `unit` in `dtype`."""
@@ -149,7 +150,8 @@ class KeptGradients:
             self.remade.append(softmaxes().at(slice(self.again)))
 
     def add(self, ds: Tensor, rows: slice | Tensor, where: Tensor | None) -> None:
-        """Keeps a chunk's gradient; `where` are the places of its rows in the chunk, if not all."""
+        """Keeps a chunk's gradient, whose memory it uses up; `where` are the places of its rows in
+        the chunk, if not all."""
         rows, again = indices_of(rows, ds.device), self.again
         if again and where is not None:
             again = int((where < again).sum())

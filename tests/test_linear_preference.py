@@ -7,7 +7,8 @@ import importlib
 import pytest
 import torch
 from helpers import DEVICE
-from helpers.heads import naive_logits
+from helpers.heads import ROUNDING, naive_logits
+from helpers.judge import EPS32, assert_no_worse_than_eager
 from helpers.mutants import TESTS, load_kernels, read_mutants, unload
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -149,6 +150,24 @@ def test_a_low_precision_dweight_does_not_depend_on_how_many_pairs_go_together(d
         errors = [(x.double() - truth).norm() / truth.norm() for x in (few, whole)]
         assert errors[0] <= 1.05 * errors[1] + 1e-6, errors
         assert (few != whole).double().mean() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_budget_loses_a_part_of_a_gradient(dtype):
+    """Chunks of every size, with every remainder of what is kept and what is made again."""
+    inputs = Inputs(dtype, pairs=7, length=3)
+    inputs.mask[:] = True
+    inputs.hidden, inputs.weight = inputs.hidden[..., :1], inputs.weight[:5, :1]
+    inputs.bias, inputs.target = inputs.bias[:5], inputs.target % 5
+    wide, eager_leaves = inputs.leaves(torch.float64), inputs.leaves()
+    truths = torch.autograd.grad(naive(inputs, wide).loss, wide)
+    eager = torch.autograd.grad(naive(inputs, eager_leaves).loss, eager_leaves)
+    for chunk_bytes in range(0, 43 * 5 * 6, 5 * 6):
+        leaves = inputs.leaves()
+        loss = fused(rl.linear_preference_loss, inputs, leaves, chunk_bytes=chunk_bytes).loss
+        for three in zip(torch.autograd.grad(loss, leaves), eager, truths, strict=True):
+            eps = ROUNDING.get(dtype, EPS32)
+            assert_no_worse_than_eager(*three, name=f"at {chunk_bytes} bytes", eps=eps)
 
 
 def mine_dtype(dtype):

@@ -181,6 +181,21 @@ def row_bytes(inputs: HeadInputs) -> int:
     return inputs.weight.shape[0] * 12
 
 
+def budget_cases(
+    backend: str, tokens: int = 17, vocabulary: int = 5
+) -> Iterator[tuple[tuple[str, ...], torch.dtype, int]]:
+    """(optional tensors, dtype, chunk_bytes) of a low-precision head with a hidden size of 1.
+
+    From one token's logits and gradients to all tokens', so that chunks of every size meet every
+    remainder of what stands in dweight's memory, what stands behind it, and what is made again.
+    """
+    count = 8 if backend == "torch" else 1
+    for dtype in (torch.bfloat16, torch.float16):
+        for names in ((), ("mask",), ("old_logp",)):
+            for budget in torch.randint(1, tokens, (count,)).tolist():
+                yield names, dtype, budget * vocabulary * 6
+
+
 def linear_policy_loss_checks(op: Callable, backend: str) -> Iterator[Callable[[], None]]:
     def check(inputs: HeadInputs, **more):
         return partial(check_linear_policy_loss, op, inputs, backend=backend, **more)
@@ -199,6 +214,9 @@ def linear_policy_loss_checks(op: Callable, backend: str) -> Iterator[Callable[[
     plain = head_inputs((31,), "old_logp", dtype=torch.bfloat16, masked=0)
     plain.advantage[::3] = 0
     yield check(plain, chunk_bytes=8 * 37 * 6)
+    for names, dtype, budget in budget_cases(backend):
+        any_budget = head_inputs((17,), *names, dtype=dtype, bias=True, hidden_size=1, vocabulary=5)
+        yield check(any_budget, chunk_bytes=budget)
     small = head_inputs((7,), dtype=torch.float16, surrogate="reinforce", num_items=2e7)
     yield check(small, upstream=65536.0)
 
@@ -212,6 +230,9 @@ def linear_token_logprob_checks(op: Callable, backend: str) -> Iterator[Callable
     yield check(head_inputs((2, 5), head={"logit_scale": 0.4}, bias=True), chunk_bytes=600)
     low = head_inputs((9,), "mask", bias=True, head=GEMMA, temperature=0.7, dtype=torch.bfloat16)
     yield check(low, chunk_bytes=900)
+    for names, dtype, budget in budget_cases(backend):
+        any_budget = head_inputs((17,), *names, dtype=dtype, bias=True, hidden_size=1, vocabulary=5)
+        yield check(any_budget, chunk_bytes=budget)
     for head in (GEMMA, {"logit_scale": 0.4}):
         frozen = head_inputs((11,), "mask", bias=True, head=head, temperature=1.3)
         yield check(frozen, frozen=True, entropy=False, chunk_bytes=600)
