@@ -70,7 +70,7 @@ def flag_name(field: str) -> str:
 
 def _parse_flags(cls: type, flags: Sequence[str]) -> dict[str, Any]:
     """{field: value} of --name value ..., --name=value, and --name or --no-name for a bool."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for flag, words in _split_flags(flags):
         name = flag[2:].replace("-", "_")
@@ -130,7 +130,7 @@ def _read_yaml(cls: type, path: Path) -> dict[str, Any]:
 
 
 def _typed_values(cls: type, values: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = typing.get_type_hints(cls)
     known = init_fields(cls)
     typed: dict[str, Any] = {}
     for key, value in values.items():

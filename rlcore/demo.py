@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlcore.errors import UserError
+from rlcore.ranges import Count, Seed, check_ranges
 
 CURVE_LABELS = {"grpo": "GRPO", "control": "shuffled reward (control)"}
 SHUFFLED = "rlcore.tasks.arithmetic:shuffled"
@@ -30,12 +31,12 @@ SAMPLES = 3
 class DemoConfig:
     """Options of the demo."""
 
-    seed: int = 0  # of the problems, the weights and the sampling
+    seed: Seed = 0  # of the problems, the weights and the sampling
     output_dir: str = "runs/demo"  # where everything goes; an earlier demo there is replaced
     # instead: every algorithm from one start with equal samples, in output_dir/all; what is there
     # already is not done again
     all: bool = False
-    seeds: int = 3  # with --all: so many, from --seed on; eight minutes each
+    seeds: Count = 3  # with --all: so many, from --seed on; eight minutes each
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,10 @@ class Score:
 
 def demo(config: DemoConfig) -> None:
     """The command: GRPO and its control, or with `all` the whole survey."""
+    check_ranges(config)
     if not config.all:
         run_demo(config)
         return
-    if config.seeds < 1:
-        raise UserError(f"seeds must be at least 1, not {config.seeds}")
     directory = _check_directory(Path(config.output_dir))
     console = Console(highlight=False)
     console.print(

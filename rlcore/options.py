@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+import types
 import typing
 from typing import Any
 
@@ -43,9 +44,11 @@ def type_name(hint: Any) -> str:
     """A type as a reader of --help knows it: float, list[str], 'group' | 'batch'."""
     if typing.get_origin(hint) is typing.Literal:
         return " | ".join(str(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(type_name, typing.get_args(hint)))
     if isinstance(hint, type) and not typing.get_args(hint):
-        return hint.__name__
-    return str(hint).replace("typing.", "").replace("pathlib.", "").replace("NoneType", "None")
+        return hint.__name__.replace("NoneType", "None")
+    return str(hint).replace("typing.", "").replace("pathlib.", "")
 
 
 def init_fields(cls: type) -> dict[str, dataclasses.Field]:

@@ -43,8 +43,8 @@ from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.grpo_config import check_grpo_config
 from rlcore.trainers.pg_config import check_pg_config
 from rlcore.trainers.ppo_config import check_ppo_config
-from rlcore.trainers.reward_model import check_reward_model_config
-from rlcore.trainers.sft import SFTConfig, check_sft_config, train_sft
+from rlcore.trainers.sft import SFTConfig, train_sft
+from rlcore.trainers.train_config import check_train_config
 from rlcore.trainers.trpo_config import check_trpo_config
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -232,7 +232,7 @@ def test_the_trainers_run_on_it_as_on_any_data(task, tmp_path):
 @pytest.mark.parametrize(
     "name, config, check",
     [
-        ("sft", sft_config(PATHS, BASE / "sft"), check_sft_config),
+        ("sft", sft_config(PATHS, BASE / "sft"), check_train_config),
         (
             "grpo",
             grpo_config(PATHS, BASE / "sft", BASE / "grpo"),
@@ -261,7 +261,7 @@ def test_the_trainers_run_on_it_as_on_any_data(task, tmp_path):
         (
             "reward_model",
             reward_model_config(PAIRS, BASE / "sft", BASE / "reward_model"),
-            check_reward_model_config,
+            check_train_config,
         ),
     ],
 )

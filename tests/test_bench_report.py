@@ -174,7 +174,7 @@ def test_compare_refuses_what_does_not_compare(tmp_path):
     elsewhere = made(row("rlcore torch", 1e-3, 64))
     with pytest.raises(UserError, match="no contestant and case is in both"):
         compare(CompareConfig(here, saved(elsewhere, tmp_path / "c.json")))
-    with pytest.raises(UserError, match="ratios of at least 1"):
+    with pytest.raises(UserError, match="slower must be at least 1"):
         compare(CompareConfig(here, here, slower=0.9))
 
 

@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
         ({"epsilon": -0.1}, "epsilon must be positive"),
         ({"delta": 0.0}, "delta must be positive"),
         ({"top_p": 1.5}, "top_p must be in"),
-        ({"beta": -1.0}, "beta must not be negative"),
+        ({"beta": -1.0}, "beta must be at least 0"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 entries for 1 rewards"),
         ({"ref_model": "x"}, "with beta 0 no reference is used"),
         ({"reward": ["no_such_reward"]}, "unknown reward 'no_such_reward'"),

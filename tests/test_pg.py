@@ -224,7 +224,7 @@ def test_leave_one_out_leaves_out_what_nobody_judged():
         ({"baseline": "leave_one_out"}, "needs num_generations of at least 2, not 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"num_generations": 3}, "8 x 1 = 8 completions at a time, which num_generations"),
-        ({"beta": -0.1}, "beta must not be negative"),
+        ({"beta": -0.1}, "beta must be at least 0"),
         ({"kl_placement": "loss"}, "kl_placement is set, but has no effect here: beta is 0"),
         ({"kl_placement": "loss", "beta": 0.1, "kl_estimator": "k1"}, "k1 does nothing"),
         ({"ref_model": "x"}, "with beta 0 no reference is used"),

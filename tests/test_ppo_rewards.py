@@ -174,7 +174,7 @@ def test_the_penalty_never_vanishes_and_a_warm_up_adapts_nothing(tmp_path):
         ({"target_kl": 0.0}, "target_kl must be positive"),
         ({"lam": 1.5}, r"lam must be in \[0, 1\]"),
         ({"gamma": -0.1}, r"gamma must be in \[0, 1\]"),
-        ({"kl_coef": -0.1}, "kl_coef must not be negative"),
+        ({"kl_coef": -0.1}, "kl_coef must be at least 0"),
         ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_target is set, but has no effect here"),
         ({"kl_gain": 0.2}, "without a kl_target kl_coef is fixed"),
         ({"kl_target": 6.0, "kl_gain": 5.0}, "kl_gain must be below 5"),

@@ -259,7 +259,7 @@ def test_learning_rates_by_hand(config, options, expected):
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"max_steps": -1, "num_train_epochs": 0.0}, "num_train_epochs must be positive"),
-        ({"warmup_steps": -1}, "warmup_steps must not be negative"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"eval_steps": 5}, "no eval_dataset"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"save_total_limit": 0}, "save_total_limit must be at least 1"),

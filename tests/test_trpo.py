@@ -183,7 +183,7 @@ def test_only_parameters_that_can_be_trained_move(tmp_path):
         ({"delta": 0.0}, "delta must be positive"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"cg_iterations": 0}, "cg_iterations must be at least 1"),
-        ({"cg_damping": -0.1}, "cg_damping must not be negative"),
+        ({"cg_damping": -0.1}, "cg_damping must be at least 0"),
         ({"fisher_rows": 0}, "fisher_rows must be at least 1"),
         ({"line_search_steps": 0}, "line_search_steps must be at least 1"),
         ({"line_search_shrink": 1.0}, r"line_search_shrink must be in \(0, 1\)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from dataclasses import dataclass
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,9 @@ from rich.table import Table
 from rlcore.bench.results import Results, Row, load
 from rlcore.bench.tables import bytes_text, seconds_text
 from rlcore.errors import UserError
+from rlcore.ranges import Range, check_ranges
+
+Ratio = Annotated[float, Range(1)]
 
 
 @dataclass
@@ -23,9 +27,9 @@ class CompareConfig:
     # the results to judge
     after: str
     # a time is a regression beyond so many times the one before
-    slower: float = 1.1
+    slower: Ratio = 1.1
     # a peak of memory is one beyond so many times the one before
-    larger: float = 1.1
+    larger: Ratio = 1.1
     # judge every contestant, not rlcore's alone
     all: bool = False
 
@@ -56,8 +60,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> int:
 
     Raises UserError where a file cannot be read, the machines differ, or no row is in both.
     """
-    if config.slower < 1 or config.larger < 1:
-        raise UserError("--slower and --larger are ratios of at least 1")
+    check_ranges(config)
     before, after = load(config.before), load(config.after)
     devices = before.machine["device"], after.machine["device"]
     if devices[0] != devices[1]:

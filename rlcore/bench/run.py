@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from rich.console import Console
@@ -22,6 +23,7 @@ from rlcore.bench.operations import OPERATIONS, Inputs, Operation
 from rlcore.bench.results import NOT_RUN, Results, Row
 from rlcore.bench.tables import fastest_first, row_cells
 from rlcore.errors import UserError, unknown_name
+from rlcore.ranges import Count, NotNegative, Range, check_ranges
 
 # below so many logits, what a call takes is the host's time to issue it
 MOST_IDLE_LOGITS = 1 << 16
@@ -43,13 +45,13 @@ class BenchConfig:
     # go on with the cases that the output file does not hold yet
     resume: bool = False
     # stop before a case once so many seconds have passed; --resume goes on
-    limit_seconds: float = math.inf
+    limit_seconds: Annotated[float, Range(0, infinite=True)] = math.inf
     # on a CPU: times each contestant is run, all in turn
-    rounds: int = 7
+    rounds: Count = 7
     # on a CPU: a case takes no further round after so many seconds
-    case_seconds: float = 40.0
+    case_seconds: NotNegative = 40.0
     # on a CPU: threads of PyTorch
-    threads: int = 1
+    threads: Count = 1
     # torch.compile of the plain formula too, which takes a compiler and a minute an operation
     compile: bool = False
     # peak memory (on a CPU in a fresh process each, seconds apiece)
@@ -74,6 +76,7 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Results | 
     Raises UserError on an unknown case or contestant, a device that is not here, or an output file
     to resume that was made on another machine.
     """
+    check_ranges(config)
     console = console or Console()
     device = _device(config.device)
     cases = select(config.cases or [device.type.replace("cuda", "gpu")])

@@ -22,6 +22,7 @@ from rlcore.bench import compile_gate, launches
 from rlcore.bench.cases import Case, rows, scan
 from rlcore.errors import UserError, unknown_name
 from rlcore.kernels.backend import HAS_TRITON, INTERPRETED
+from rlcore.ranges import Count, check_ranges
 
 COUNTED_OPS = ("token_logprob", "policy_loss", "sequence_policy_loss", "cross_entropy")
 COUNTED_OPS += ("categorical_kl", "fisher_vector_product")
@@ -38,7 +39,7 @@ class StaticConfig:
     # sm_80, sm_90, sm_100, gfx942
     targets: list[str] = field(default_factory=lambda: ["sm_90"])
     # vocabularies to compile for
-    vocabularies: list[int] = field(default_factory=lambda: [50257, 151936])
+    vocabularies: list[Count] = field(default_factory=lambda: [50257, 151936])
     # JSON file for the figures; default: none
     output: str | None = None
 
@@ -81,6 +82,7 @@ def static(config: StaticConfig, console: Console | None = None) -> int:
     """Print the figures; exit status 1 where a kernel of ours spills, moves less than 16 bytes at
     once in a loop over logits, or is compiled for every completion length."""
     console = console or Console(highlight=False)
+    check_ranges(config)
     _check(config)
     ops = config.ops or OPS
     found = {"compiled": [], "moved": [], "compilations": []}

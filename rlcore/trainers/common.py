@@ -86,7 +86,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
     # Weights are loaded, not drawn, so processes may differ: their dropout should.
-    set_seed(config.seed, device_specific=True)
+    set_seed((config.seed + accelerator.process_index) % 2**32)
     return accelerator
 
 

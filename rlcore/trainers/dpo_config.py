@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields
 
 from rlcore.errors import UserError
 from rlcore.options import default_of
-from rlcore.trainers.sampling_config import SamplingConfig, check_counts, check_sampling_config
+from rlcore.ranges import Count, Fraction, Length, Positive, check_ranges
+from rlcore.trainers.sampling_config import SamplingConfig, check_sampling_config
 from rlcore.trainers.train_config import TrainConfig, check_train_config
 
 # options of SamplingConfig that pairs from a file know too
@@ -17,15 +18,16 @@ _OFFLINE = {"ref_model"}
 class DPOConfig(SamplingConfig):
     """DPO."""
 
-    per_device_train_batch_size: int = 8  # pairs in a micro-step on each process
-    max_length: int | None = 1024  # tokens of prompt and answer; longer ones are cut at their end
+    per_device_train_batch_size: Count = 8  # pairs in a micro-step on each process
+    # tokens of prompt and answer; longer ones are cut at their end
+    max_length: Length | None = 1024
     padding_free: bool = False  # a micro-step's sequences in one row; wants flash attention
 
     # Loss
 
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # see rl.preference_loss
     loss_weights: list[float] | None = None  # one a loss_type; None: 1 each
-    beta: float = 0.1  # the larger, the closer the policy stays to the reference
+    beta: Positive = 0.1  # the larger, the closer the policy stays to the reference
     label_smoothing: float = 0.0  # the share of pairs that are taken to be the wrong way round
     f_divergence_type: str = "reverse_kl"  # forward_kl, js_divergence, alpha_divergence
     f_alpha_divergence_coef: float = 0.5  # alpha of alpha_divergence
@@ -33,13 +35,14 @@ class DPOConfig(SamplingConfig):
     simpo_gamma: float = 0.5  # margin of simpo
     cpo_alpha: float = 1.0  # weight of cpo's imitation of the chosen answer
     use_weighting: bool = False  # weigh pairs by how likely the policy finds them (WPO)
-    ld_alpha: float | None = None  # weight of what an answer has beyond the shorter one's length
+    # weight of what an answer has beyond the shorter one's length
+    ld_alpha: Fraction | None = None
     precompute_ref_log_probs: bool = False  # ask the reference once, before the first step
 
     # Online
 
     online: bool = False  # sample the pairs from the policy and let a reward tell which is better
-    num_generations: int = 2  # completions a prompt: the best and the worst of them are a pair
+    num_generations: Count = 2  # completions a prompt: the best and the worst of them are a pair
 
     @property
     def pairs_per_process(self) -> int:
@@ -60,9 +63,8 @@ class DPOConfig(SamplingConfig):
 
 def check_dpo_config(config: DPOConfig, reward_count: int) -> None:
     """Raise UserError for options out of their range or at odds with each other."""
+    check_ranges(config)
     _check_loss(config)
-    if config.max_length is not None and config.max_length < 2:
-        raise UserError(f"max_length must be at least 2, not {config.max_length}")
     if config.ref_model is not None and not config.wants_reference:
         raise UserError(
             f"ref_model is set, but loss_type {' '.join(config.loss_type)} uses no reference"
@@ -100,12 +102,9 @@ def _check_loss(config: DPOConfig) -> None:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    if config.ld_alpha is not None and not 0 <= config.ld_alpha <= 1:
-        raise UserError(f"ld_alpha must be in [0, 1], not {config.ld_alpha}")
 
 
 def _check_online(config: DPOConfig, reward_count: int) -> None:
-    check_counts(config, "num_generations")
     if config.num_generations < 2:
         raise UserError(f"num_generations must be at least 2, not {config.num_generations}: a pair")
     if config.precompute_ref_log_probs:

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 
 from rlcore.advantages import SCALES
 from rlcore.errors import UserError, unknown_name
-from rlcore.trainers.sampling_config import (
-    SamplingConfig,
-    check_counts,
-    check_positive,
-    check_sampling_config,
-)
+from rlcore.ranges import Count, NotNegative, Positive, check_ranges
+from rlcore.trainers.sampling_config import SamplingConfig, check_sampling_config
 
 
 @dataclass(frozen=True)
@@ -42,19 +38,20 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "k3_ratio")
 class GRPOConfig(SamplingConfig):
     """GRPO."""
 
-    num_generations: int = 8  # completions a prompt: a group
-    num_iterations: int = 1  # times that a generation batch is gone through
-    steps_per_generation: int | None = None  # micro-steps; None: gradient_accumulation_steps
+    num_generations: Count = 8  # completions a prompt: a group
+    num_iterations: Count = 1  # times that a generation batch is gone through
+    steps_per_generation: Count | None = None  # micro-steps; None: gradient_accumulation_steps
     scale_rewards: str = "group"  # divide advantages by the std of: group, batch, none
 
     # Loss
 
     loss_type: str = "dapo"  # grpo, dapo, dr_grpo, bnpo, cispo, cispo_abs, sapo: see LOSS_TYPES
     importance_sampling_level: str = "token"  # or sequence: a completion's tokens share a ratio
-    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
-    epsilon_high: float | None = None  # and above 1 + epsilon_high; None: epsilon
-    delta: float | None = None  # the ratio's bound where the advantage is negative; None: none
-    beta: float = 0.0  # weight of the KL to the reference; 0: no reference is loaded
+    epsilon: Positive = 0.2  # the ratio is clipped below 1 - epsilon
+    epsilon_high: Positive | None = None  # and above 1 + epsilon_high; None: epsilon
+    # the ratio's bound where the advantage is negative; None: none
+    delta: Positive | None = None
+    beta: NotNegative = 0.0  # weight of the KL to the reference; 0: no reference is loaded
     kl_estimator: str = "k3"  # k1, k2, k3 or k3_ratio (k3 times the importance ratio)
     entropy_coef: float = 0.0  # weight of the entropy bonus
 
@@ -87,15 +84,12 @@ class GRPOConfig(SamplingConfig):
 def check_grpo_config(config: GRPOConfig, reward_count: int) -> None:
     """Raise UserError for options out of their range or at odds with each other."""
     _check_names(config)
-    check_positive(config, "epsilon", "epsilon_high", "delta")
-    check_counts(config, "num_iterations", "steps_per_generation")
+    check_ranges(config)
     if config.num_generations < 2:
         raise UserError(
             f"num_generations must be at least 2, not {config.num_generations}: an advantage is "
             "relative to the group's other completions"
         )
-    if config.beta < 0:
-        raise UserError(f"beta must not be negative, it is {config.beta}")
     if config.micro_steps % config.gradient_accumulation_steps:
         raise UserError(
             f"steps_per_generation ({config.micro_steps}) must be a multiple of "

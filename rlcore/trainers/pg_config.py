@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlcore.errors import UserError, unknown_name
-from rlcore.trainers.sampling_config import check_counts, check_sampling_config
+from rlcore.ranges import Count, NotNegative, check_ranges
+from rlcore.trainers.sampling_config import check_sampling_config
 from rlcore.trainers.values_config import ValueConfig, check_unused, check_value_config
 
 BASELINES = ("none", "batch_mean", "leave_one_out", "value")
@@ -25,12 +26,12 @@ class PGConfig(ValueConfig):
     baseline: str = "batch_mean"  # taken off the returns: none, batch_mean, leave_one_out, value
     return_type: str = "sequence"  # of a token: its whole sequence's reward, or the reward_to_go
     whiten_advantages: bool = False  # to zero mean and unit variance over the batch's tokens
-    entropy_coef: float = 0.0  # weight of the entropy bonus
-    num_value_epochs: int = 1  # baseline value: times that the value model goes through a batch
+    entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
+    num_value_epochs: Count = 1  # baseline value: times that the value model goes through a batch
 
     # KL to the reference
 
-    beta: float = 0.0  # its weight; 0: no reference is loaded
+    beta: NotNegative = 0.0  # its weight; 0: no reference is loaded
     kl_placement: str = (
         "reward"  # taken off each token's reward, or added to the loss: reward, loss
     )
@@ -66,10 +67,7 @@ def check_pg_config(config: PGConfig, reward_count: int) -> None:
     ):
         if getattr(config, name) not in known:
             raise unknown_name(name, getattr(config, name), filter(None, known))
-    check_counts(config, "num_value_epochs")
-    for name in ("beta", "entropy_coef"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} must not be negative, it is {getattr(config, name)}")
+    check_ranges(config)
     if config.beta == 0:
         check_unused(config, "beta is 0", "kl_placement", "kl_estimator")
     if config.kl_placement == "loss" and config.kl_estimator == "k1":

@@ -8,13 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlcore.errors import UserError, unknown_name
-from rlcore.trainers.sampling_config import check_counts, check_positive, check_sampling_config
-from rlcore.trainers.values_config import (
-    ValueConfig,
-    check_fractions,
-    check_unused,
-    check_value_config,
-)
+from rlcore.ranges import Count, Fraction, Natural, NotNegative, Positive, Steps, check_ranges
+from rlcore.trainers.sampling_config import check_sampling_config
+from rlcore.trainers.values_config import ValueConfig, check_unused, check_value_config
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -39,30 +35,32 @@ class PPOConfig(ValueConfig):
 
     # generation batches, each of num_ppo_epochs x num_mini_batches optimizer steps; -1: as many as
     # num_train_epochs need
-    max_steps: int = -1
-    num_ppo_epochs: int = 4  # times that a generation batch is gone through
-    num_mini_batches: int = 1  # optimizer steps that one pass over it takes
+    max_steps: Steps = -1
+    num_ppo_epochs: Count = 4  # times that a generation batch is gone through
+    num_mini_batches: Count = 1  # optimizer steps that one pass over it takes
     kl_mode: str = "clip"  # what holds the policy near the one that sampled: clip or penalty
-    cliprange: float = 0.2  # clip: the ratio is clipped to 1 - cliprange, 1 + cliprange
-    penalty_coef: float = 1.0  # penalty: weight of KL(old || new) at first, then it adapts
-    penalty_target: float = 0.01  # penalty: the KL a token, in nats, that it adapts to
-    target_kl: float | None = None  # end a batch's updates beyond this KL(old || new); None: never
-    entropy_coef: float = 0.0  # weight of the entropy bonus
+    cliprange: Positive = 0.2  # clip: the ratio is clipped to 1 - cliprange, 1 + cliprange
+    penalty_coef: Positive = 1.0  # penalty: weight of KL(old || new) at first, then it adapts
+    penalty_target: Positive = 0.01  # penalty: the KL a token, in nats, that it adapts to
+    # end a batch's updates beyond this KL(old || new); None: never
+    target_kl: Positive | None = None
+    entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
 
     # Reward of a token
 
-    kl_coef: float = 0.05  # weight of the KL to the reference; 0: no reference is loaded
+    kl_coef: NotNegative = 0.05  # weight of the KL to the reference; 0: no reference is loaded
     kl_estimator: str = "k1"  # k1, k2 or k3
-    kl_target: float | None = None  # KL a completion that kl_coef adapts to; None: it is fixed
-    kl_gain: float = 0.1  # how fast kl_coef adapts
+    kl_target: Positive | None = None  # KL a completion that kl_coef adapts to; None: it is fixed
+    kl_gain: Positive = 0.1  # how fast kl_coef adapts
     whiten_rewards: bool = False  # scale the tokens' rewards to unit variance
 
     # Advantage and value
 
-    lam: float = 0.95  # of GAE
+    lam: Fraction = 0.95  # of GAE
     whiten_advantages: bool = True  # to zero mean and unit variance
-    cliprange_value: float | None = 0.2  # a value moves this far in a batch at most; None: anywhere
-    value_warmup_steps: int = 0  # first generation batches, on which it alone learns
+    # a value moves this far in a batch at most; None: anywhere
+    cliprange_value: Positive | None = 0.2
+    value_warmup_steps: Natural = 0  # first generation batches, on which it alone learns
     # a completion cut short is not over: the value after it stands there instead of its score
     bootstrap_truncated: bool = False
 
@@ -81,13 +79,7 @@ def check_ppo_config(config: PPOConfig, reward_count: int) -> None:
         raise unknown_name("kl_mode", config.kl_mode, KL_MODES)
     if config.kl_estimator not in KL_ESTIMATORS:
         raise unknown_name("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
-    check_counts(config, "num_ppo_epochs", "num_mini_batches")
-    check_positive(config, "cliprange", "cliprange_value", "penalty_coef", "penalty_target")
-    check_positive(config, "target_kl", "kl_target", "kl_gain")
-    check_fractions(config, "lam")
-    for name in ("kl_coef", "entropy_coef", "value_warmup_steps"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} must not be negative, it is {getattr(config, name)}")
+    check_ranges(config)
     for name, mode in KL_MODES.items():
         if name != config.kl_mode:
             check_unused(config, f"it goes with kl_mode {name!r}", *mode.options)

@@ -22,6 +22,7 @@ from rlcore.encoding import Example
 from rlcore.errors import UserError
 from rlcore.models import load_classifier, load_tokenizer
 from rlcore.pairs import Pair, collate_pairs, load_pairs, margins
+from rlcore.ranges import Count, Length, NotNegative, Positive
 from rlcore.reward_model import check_scores, sequence_scores
 from rlcore.rollout import evaluating
 from rlcore.trainers.common import (
@@ -51,22 +52,11 @@ DISPLAYED = ("loss", "accuracy", "margin", "tokens_per_second")
 class RewardModelConfig(TrainConfig):
     """Reward model."""
 
-    learning_rate: float = 1e-5  # its peak
-    per_device_train_batch_size: int = 8  # pairs in a micro-step on each process
-    max_length: int | None = 1024  # tokens of prompt and answer; pairs with more are left out
-    center_rewards_coefficient: float = 0.0  # weight of the term that keeps rewards around 0
-
-
-def check_reward_model_config(config: RewardModelConfig) -> None:
-    """Raise UserError for options out of their range."""
-    check_train_config(config)
-    if config.max_length is not None and config.max_length < 2:
-        raise UserError(f"max_length must be at least 2, not {config.max_length}")
-    if not 0 <= config.center_rewards_coefficient < float("inf"):
-        raise UserError(
-            "center_rewards_coefficient must be finite and not negative, not "
-            f"{config.center_rewards_coefficient}"
-        )
+    learning_rate: Positive = 1e-5  # its peak
+    per_device_train_batch_size: Count = 8  # pairs in a micro-step on each process
+    max_length: Length | None = 1024  # tokens of prompt and answer; pairs with more are left out
+    # weight of the term that keeps rewards around 0
+    center_rewards_coefficient: NotNegative = 0.0
 
 
 def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None) -> Result:
@@ -82,7 +72,7 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
         UserError: options or data that do not work. TrainingDiverged: a loss or gradient that is
         not finite.
     """
-    check_reward_model_config(config)
+    check_train_config(config)
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model)
     pairs = load_ended_pairs(tokenizer, config.dataset, config.max_length)

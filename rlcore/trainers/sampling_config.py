@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rlcore.errors import UserError
+from rlcore.ranges import Count, Natural, NotNegative, Positive, Share
 from rlcore.trainers.train_config import TrainConfig, check_train_config
 
 
@@ -12,12 +13,12 @@ from rlcore.trainers.train_config import TrainConfig, check_train_config
 class SamplingConfig(TrainConfig):
     """Sampling."""
 
-    num_generations: int = 1  # completions a prompt
-    max_prompt_length: int | None = 512  # of longer prompts the last tokens stay; None: all
-    max_completion_length: int = 256  # new tokens at most
-    temperature: float = 1.0  # of sampling, and of the policy that is trained
-    top_p: float = 1.0  # sample from the likeliest tokens of this mass
-    top_k: int = 0  # sample from this many of the likeliest tokens; 0: all
+    num_generations: Count = 1  # completions a prompt
+    max_prompt_length: Count | None = 512  # of longer prompts the last tokens stay; None: all
+    max_completion_length: Count = 256  # new tokens at most
+    temperature: Positive = 1.0  # of sampling, and of the policy that is trained
+    top_p: Share = 1.0  # sample from the likeliest tokens of this mass
+    top_k: Natural = 0  # sample from this many of the likeliest tokens; 0: all
 
     # Reward
 
@@ -25,7 +26,7 @@ class SamplingConfig(TrainConfig):
     reward_model: str | None = None  # a trained reward model; may stand beside other rewards
     reward_weights: list[float] | None = None  # one a reward, the model's last; None: 1 each
     normalize_rewards: bool = False  # by the mean and std of all rewards of the run so far
-    missing_eos_penalty: float | None = None  # taken off a completion that does not end
+    missing_eos_penalty: NotNegative | None = None  # taken off a completion that does not end
     mask_truncated_completions: bool = False  # leave completions without an end out of the loss
 
     # Reference
@@ -71,19 +72,11 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
         weight: the option that, where it is not 0, makes a reference wanted.
     """
     check_train_config(config)
-    check_positive(config, "temperature")
-    check_counts(config, "num_generations", "max_completion_length", "max_prompt_length")
-    if not 0 < config.top_p <= 1 or config.top_k < 0:
-        raise UserError(
-            f"top_p must be in (0, 1] and top_k 0 or positive, not {config.top_p}, {config.top_k}"
-        )
     if config.peft is not None and config.lora_dropout:
         raise UserError(
             "lora_dropout must be 0 here: a policy's ratio to its older self means nothing where "
             "each pass draws another network"
         )
-    if config.missing_eos_penalty is not None and config.missing_eos_penalty < 0:
-        raise UserError(f"missing_eos_penalty must not be negative: {config.missing_eos_penalty}")
     completions = config.completions_per_process
     if completions % config.num_generations:
         raise UserError(
@@ -103,19 +96,3 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
         raise UserError(
             f"ref_model is set, but with {weight} 0 no reference is used: set {weight} too"
         )
-
-
-def check_positive(config: SamplingConfig, *names: str) -> None:
-    """Raise UserError unless each option called so is positive, or None."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name} must be positive, not {value}")
-
-
-def check_counts(config: SamplingConfig, *names: str) -> None:
-    """Raise UserError unless each option called so is at least 1, or None."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")

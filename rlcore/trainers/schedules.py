@@ -45,8 +45,6 @@ def check_schedule(config: TrainConfig) -> None:
     name = config.lr_scheduler_type
     if name not in DECAYS:
         raise unknown_name("lr_scheduler_type", name, DECAYS)
-    if not 0 <= config.lr_min_ratio <= 1:
-        raise UserError(f"lr_min_ratio must be in [0, 1], not {config.lr_min_ratio}")
     if config.lr_min_ratio and DECAYS[name] is _constant:
         raise UserError(f"lr_min_ratio has no meaning for lr_scheduler_type {name!r}")
     if (config.lr_decay_ratio is not None) != (name == STABLE_DECAY):
@@ -54,8 +52,6 @@ def check_schedule(config: TrainConfig) -> None:
             f"lr_decay_ratio goes with lr_scheduler_type {STABLE_DECAY!r} and only with it; "
             f"here they are {config.lr_decay_ratio} and {name!r}"
         )
-    if config.lr_decay_ratio is not None and not 0 < config.lr_decay_ratio <= 1:
-        raise UserError(f"lr_decay_ratio must be in (0, 1], not {config.lr_decay_ratio}")
 
 
 def learning_rate_scale(config: TrainConfig, step: int, total: int) -> float:

@@ -16,8 +16,8 @@ import torch
 
 from rlcore.data import SFT_COLUMNS, load_rows
 from rlcore.encoding import Batch, Example, collate, encode_examples
-from rlcore.errors import UserError
 from rlcore.models import load_policy, load_tokenizer
+from rlcore.ranges import Length, Positive
 from rlcore.rollout import evaluating
 from rlcore.trainers.common import (
     Result,
@@ -44,15 +44,8 @@ DISPLAYED = ("loss", "learning_rate", "tokens_per_second")
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning."""
 
-    learning_rate: float = 2e-5  # its peak
-    max_length: int | None = 1024  # tokens of a sequence; longer ones are cut at their end
-
-
-def check_sft_config(config: SFTConfig) -> None:
-    """Raise UserError for options out of their range."""
-    check_train_config(config)
-    if config.max_length is not None and config.max_length < 2:
-        raise UserError(f"max_length must be at least 2, not {config.max_length}")
+    learning_rate: Positive = 2e-5  # its peak
+    max_length: Length | None = 1024  # tokens of a sequence; longer ones are cut at their end
 
 
 def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
@@ -67,7 +60,7 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
     Raises:
         UserError: options or data that do not work. TrainingDiverged: a loss that is not finite.
     """
-    check_sft_config(config)
+    check_train_config(config)
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model)
     examples = encode_examples(tokenizer, load_rows(config.dataset, SFT_COLUMNS), config.max_length)

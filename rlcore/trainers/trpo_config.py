@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 
 from rlcore.advantages import SCALES, group_advantage, leave_one_out_advantage
 from rlcore.errors import UserError, unknown_name
-from rlcore.trainers.sampling_config import check_counts, check_positive, check_sampling_config
-from rlcore.trainers.values_config import (
-    ValueConfig,
-    check_fractions,
-    check_unused,
-    check_value_config,
-)
+from rlcore.ranges import Count, Fraction, NotNegative, Positive, Range, check_ranges
+from rlcore.trainers.sampling_config import check_sampling_config
+from rlcore.trainers.values_config import ValueConfig, check_unused, check_value_config
 
 
 @dataclass(kw_only=True)
@@ -26,22 +23,25 @@ class TRPOConfig(ValueConfig):
     lr_scheduler_type (delta its square). The other optimization options are the value model's.
     """
 
-    num_generations: int = 8  # completions a prompt
+    num_generations: Count = 8  # completions a prompt
     # what a reward is compared with: group, leave_one_out, batch_mean, value
     baseline: str = "group"
     scale_rewards: str = "group"  # baseline group: divide by the std of: group, batch, none
-    lam: float = 1.0  # baseline value: lambda of generalised advantage estimation
-    num_value_epochs: int = 1  # baseline value: times that the value model goes through a batch
+    lam: Fraction = 1.0  # baseline value: lambda of generalised advantage estimation
+    num_value_epochs: Count = 1  # baseline value: times that the value model goes through a batch
 
     # Trust region
 
-    delta: float = 0.01  # the mean KL(old || new) of a token, in nats, that a step may not exceed
-    cg_iterations: int = 10  # of conjugate gradient at most: a Fisher product each
-    cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
-    cg_tolerance: float = 1e-10  # it ends at this residual, as a share of the gradient
-    fisher_rows: int | None = None  # completions on each process for the direction; None: all
-    line_search_steps: int = 10  # trials at most
-    line_search_shrink: float = 0.8  # the factor from one to the next
+    # the mean KL(old || new) of a token, in nats, that a step may not exceed
+    delta: Positive = 0.01
+    cg_iterations: Count = 10  # of conjugate gradient at most: a Fisher product each
+    cg_damping: NotNegative = 0.1  # added to the diagonal of the Fisher matrix
+    cg_tolerance: NotNegative = 1e-10  # it ends at this residual, as a share of the gradient
+    # completions on each process for the direction; None: all
+    fisher_rows: Count | None = None
+    line_search_steps: Count = 10  # trials at most
+    # the factor from one to the next
+    line_search_shrink: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.8
     # patterns (*, ?) of the names of the parameters that move; of those that can be trained
     trained_parameters: list[str] = field(default_factory=lambda: ["*"])
 
@@ -75,14 +75,7 @@ def check_trpo_config(config: TRPOConfig, reward_count: int) -> None:
     for name, known in (("baseline", ADVANTAGES), ("scale_rewards", SCALES)):
         if getattr(config, name) not in known:
             raise unknown_name(name, getattr(config, name), known)
-    check_positive(config, "delta")
-    check_counts(config, "cg_iterations", "fisher_rows", "line_search_steps", "num_value_epochs")
-    check_fractions(config, "lam")
-    for name in ("cg_damping", "cg_tolerance"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} must not be negative, it is {getattr(config, name)}")
-    if not 0 < config.line_search_shrink < 1:
-        raise UserError(f"line_search_shrink must be in (0, 1), not {config.line_search_shrink}")
+    check_ranges(config)
     if not config.trained_parameters:
         raise UserError("trained_parameters is empty: name parameters, or * for all")
     _check_baseline(config)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from rlcore.errors import UserError, unknown_name
-from rlcore.trainers.sampling_config import SamplingConfig, check_positive
+from rlcore.ranges import Fraction, Positive
+from rlcore.trainers.sampling_config import SamplingConfig
 
 BACKBONES = ("own", "shared")
 
@@ -16,9 +17,9 @@ class ValueConfig(SamplingConfig):
 
     value_backbone: str = "own"  # own: a model of its own; shared: a head on the policy's
     value_model: str | None = None  # where it starts, a reward model say; None: where model does
-    value_learning_rate: float | None = None  # its peak; None: learning_rate
-    vf_coef: float = 0.1  # weight of the value loss where the backbone is shared
-    gamma: float = 1.0  # discount a token
+    value_learning_rate: Positive | None = None  # its peak; None: learning_rate
+    vf_coef: Positive = 0.1  # weight of the value loss where the backbone is shared
+    gamma: Fraction = 1.0  # discount a token
 
     @property
     def value_rate(self) -> float:
@@ -30,19 +31,10 @@ def check_value_config(config: ValueConfig) -> None:
     """Raise UserError for options out of their range or at odds with each other."""
     if config.value_backbone not in BACKBONES:
         raise unknown_name("value_backbone", config.value_backbone, BACKBONES)
-    check_positive(config, "value_learning_rate", "vf_coef")
-    check_fractions(config, "gamma")
     if config.value_backbone == "own":
         check_unused(config, "it weighs the losses of a shared value_backbone", "vf_coef")
     else:
         check_unused(config, "a shared value_backbone is the policy's", "value_model")
-
-
-def check_fractions(config: ValueConfig, *names: str) -> None:
-    """Raise UserError unless each option called so is in [0, 1]."""
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{name} must be in [0, 1], not {getattr(config, name)}")
 
 
 def check_unused(config: ValueConfig, reason: str, *names: str) -> None:
