@@ -1,4 +1,4 @@
-"""Rows of data from a file or the hub, checked where they are read.
+"""Rows of data from a file, a directory or the hub, checked where they are read.
 
 A row is TRL's: {"prompt", ...} for a policy to complete, {"prompt", "completion"}, {"text"} or
 {"messages"} to imitate, {"prompt", "chosen", "rejected"} to prefer; prompts and completions are
@@ -7,127 +7,96 @@ text or chat messages.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlcore.errors import UserError
+from rlcore.readers import OPENERS, READERS, file_type, read_file
+from rlcore.rows import Rows
 
-FILE_FORMATS = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SFT_COLUMNS = (("prompt", "completion"), ("text",), ("messages",))
 # without a prompt of their own, what chosen and rejected begin with alike is the prompt
 PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 
 def load_rows(
-    path_or_name: str, required: Sequence[str] | Sequence[Sequence[str]] = ("prompt",)
-) -> Any:
-    """A `datasets.Dataset` from a file (.jsonl, .json, .csv, .parquet) or from the hub's name.
+    path_or_name: str,
+    required: Sequence[str] | Sequence[Sequence[str]] = ("prompt",),
+    *,
+    held_out: bool = False,
+) -> Rows:
+    """The rows of a file, or of a split of a directory or hub dataset.
+
+    Of a .jsonl, .ndjson, .json or .csv file, compressed (.gz, .bz2, .xz) or not, the values come as
+    they stand there; a .parquet or .arrow file knows one type for a column.
 
     Args:
         required: the columns that every row must have; or several such groups, of which the first
-            row says which one the file keeps to.
+            row says which one the data keeps to.
+        held_out: of several splits take "validation" or "test" instead of "train".
 
     Raises:
-        UserError: no such file, a malformed line, a row without a required column, a prompt that
+        UserError: no such data, a malformed line, a row without a required column, a prompt that
             is neither text nor messages; file and line (or row) are named.
     """
     groups = (tuple(required),) if isinstance(required[0], str) else tuple(map(tuple, required))
-    path = Path(path_or_name)
-    if path.suffix == ".jsonl":
-        return _from_jsonl(path, groups)
-    rows = _from_datasets(path_or_name)
-    numbered = enumerate(rows, start=1)
-    if not sum(1 for _ in _checked(numbered, groups, path_or_name, "row")):
-        raise UserError(f"the dataset {path_or_name!r} has no rows")
+    rows = _read(path_or_name, set(itertools.chain(*groups)), held_out)
+    if not len(rows):
+        raise UserError(f"{path_or_name}: the file has no rows")
+    rows.group = _check(rows, groups)
     return rows
 
 
-def _from_jsonl(path: Path, groups: tuple[tuple[str, ...], ...]) -> Any:
-    from datasets import Dataset
+def _read(path_or_name: str, text: Collection[str], held_out: bool) -> Rows:
+    from rlcore.tables import TABLES, read_split, read_table
 
+    path, kind = Path(path_or_name), file_type(path_or_name)
+    is_ours = kind in READERS
+    is_table = kind in TABLES and path.suffix.lower() == kind
+    if not is_ours and not is_table:
+        if path.is_file():
+            known = ", ".join((*READERS, *TABLES))
+            raise UserError(
+                f"cannot load the dataset {path_or_name!r}: a file's name must end in one of "
+                f"{known}, the first {len(READERS)} also with {', '.join(OPENERS)} behind"
+            )
+        return read_split(path_or_name, held_out=held_out, text=text)
     if not path.is_file():
-        raise UserError(f"no data file at {str(path)!r}")
-    rows = list(_checked(_json_lines(path), groups, str(path), "line"))
-    if not rows:
-        raise UserError(f"{path}: the file has no rows")
-    try:
-        return Dataset.from_list(_with_all_columns(rows))
-    except Exception as error:
-        # Arrow's complaint about a column of two types says which ones.
-        raise UserError(f"{path}: the rows do not make one table: {error}") from error
+        raise UserError(f"cannot load the dataset {path_or_name!r}: no data file at {str(path)!r}")
+    return read_file(path, text=text) if is_ours else read_table(path_or_name)
 
 
-def _with_all_columns(rows: list[dict]) -> list[dict]:
-    """The rows with None where a column is missing: `Dataset.from_list` looks at the first only."""
-    names: dict[str, None] = {}
-    for row in rows:
-        names.update(dict.fromkeys(row))
-    if all(len(row) == len(names) for row in rows):
-        return rows
-    return [{name: row.get(name) for name in names} for row in rows]
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text: {error}") from error
-
-
-def _from_datasets(path_or_name: str) -> Any:
-    from datasets import load_dataset
-
-    path = Path(path_or_name)
-    try:
-        if path.suffix in FILE_FORMATS:
-            if not path.is_file():
-                raise FileNotFoundError("there is no such file")
-            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
-        return load_dataset(path_or_name, split="train")
-    except Exception as error:
-        # The loader raises a dozen error types, for networks, names, formats and splits.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot load the dataset {path_or_name!r}: {reason[0]}") from error
-
-
-def _checked(
-    numbered: Iterable[tuple[int, Any]],
-    groups: tuple[tuple[str, ...], ...],
-    source: str,
-    unit: str,
-) -> Iterator[dict[str, Any]]:
-    """Each row, once its required columns are found; `groups` narrows to what row one keeps to."""
-    for number, row in numbered:
-        where = f"{source}, {unit} {number}"
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+def _check(rows: Rows, groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The group that every row has; it is the one that row one keeps to."""
+    for index, row in enumerate(rows):
         fitting = [group for group in groups if all(row.get(name) is not None for name in group)]
         if not fitting:
-            needed = " or ".join(" + ".join(map(repr, group)) for group in groups)
-            found = ", ".join(map(repr, row)) or "none"
-            raise UserError(f"{where}: needs the column {needed}; columns found: {found}")
+            raise UserError(f"{rows.where(index)}: {_lacking(row, groups)}")
         groups = fitting[:1]
         for name in groups[0]:
-            _check_content(row[name], f"{where}: {name!r}")
-        yield row
+            if not _is_content(row[name]):
+                raise UserError(
+                    f"{rows.where(index)}: {name!r} must be text or a list of messages "
+                    f'[{{"role": ..., "content": ...}}], not {row[name]!r:.80}'
+                )
+    return groups[0]
 
 
-def _check_content(content: Any, where: str) -> None:
-    if isinstance(content, str):
-        return
-    is_chat = isinstance(content, list) and content and all(map(_is_message, content))
-    if not is_chat:
-        raise UserError(
-            f"{where} must be text or a list of messages "
-            f'[{{"role": ..., "content": ...}}], not {content!r:.80}'
-        )
+def _lacking(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> str:
+    needed = " or ".join(" + ".join(map(repr, group)) for group in groups)
+    names = dict.fromkeys(itertools.chain(*groups))
+    null = [repr(name) for name in names if name in row and row[name] is None]
+    if null:
+        return f"needs the column {needed}; {' and '.join(null)} is null"
+    return f"needs the column {needed}; columns found: {', '.join(map(repr, row)) or 'none'}"
+
+
+def _is_content(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_message, value))
+    return isinstance(value, str)
 
 
 def _is_message(message: Any) -> bool:

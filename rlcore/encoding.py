@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rlcore.data import SFT_COLUMNS
 from rlcore.errors import UserError
+from rlcore.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _encode_mixed(tokenizer: Any, texts: list[str], special: list[bool]) -> list
     return encoded
 
 
-def encode_examples(tokenizer: Any, rows: Any, max_length: int | None = None) -> list[Example]:
+def encode_examples(tokenizer: Any, rows: Rows, max_length: int | None = None) -> list[Example]:
     """Rows to imitate, tokenized; rows that `max_length` leaves without a completion drop out.
 
     For {"prompt", "completion"} the loss is on the completion and its eos; for {"text"} and
@@ -104,10 +104,10 @@ def encode_examples(tokenizer: Any, rows: Any, max_length: int | None = None) ->
     Raises:
         UserError: messages without a chat template, or no row is left.
     """
-    columns = set(rows.column_names)
-    group = next(group for group in SFT_COLUMNS if set(group) <= columns)
-    rows = rows.select_columns(list(group))
-    encoded = encode_completions(tokenizer, rows, max_length, has_prompt=len(group) == 2)
+    has_prompt = "prompt" in rows.group
+    encoded = encode_completions(
+        tokenizer, rows.select_columns(rows.group), max_length, has_prompt=has_prompt
+    )
     examples = [example for example in encoded if example is not None]
     if not examples:
         raise UserError("no row of the dataset has a completion within max_length tokens")

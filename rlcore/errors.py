@@ -48,3 +48,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     guess = nearest(name, known)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return UserError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error and those that caused it say, whole, on one line."""
+    said: list[str] = []
+    while error is not None:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not any(text in earlier for earlier in said):
+            said.append(text)
+        error = error.__cause__
+    return ": ".join(said)

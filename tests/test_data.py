@@ -45,6 +45,13 @@ def test_jsonl_rows_keep_their_columns_and_skip_blank_lines(file):
     assert rows[[1, 0]] == {"prompt": ["b", "a"], "answer": [2, 1]}
 
 
+def test_prompts_of_text_and_of_messages_stand_in_one_file(file):
+    assert load_rows(write(file, {"prompt": "a"}, {"prompt": QUESTION}))["prompt"] == [
+        "a",
+        QUESTION,
+    ]
+
+
 def test_a_column_that_only_later_rows_have_is_none_before(file):
     rows = load_rows(write(file, {"prompt": "a"}, {"prompt": "b", "level": 3}))
     assert rows["level"][:] == [None, 3]
@@ -60,7 +67,6 @@ def test_a_column_that_only_later_rows_have_is_none_before(file):
         ({"prompt": 3}, "line 2: 'prompt' must be text or a list of messages"),
         ({"prompt": []}, "line 2: 'prompt' must be text or a list of messages"),
         ({"prompt": [{"role": "user"}]}, "line 2: 'prompt' must be text or a list of messages"),
-        ({"prompt": QUESTION}, "the rows do not make one table"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(file, second_line, message):
@@ -119,6 +125,11 @@ def encoded(tokenizer, file, *rows, **options) -> list[tuple[str, str]]:
     """The rows' (prompt, completion) as they come out of their tokens."""
     examples = encode_examples(tokenizer, load_rows(write(file, *rows), SFT_COLUMNS), **options)
     return [(tokenizer.decode(e.prompt), tokenizer.decode(e.completion)) for e in examples]
+
+
+def test_a_column_that_other_rows_have_does_not_change_what_is_learned(file):
+    rows = [{"text": "7+1=8"}, {"text": "2", "prompt": "1", "completion": "3"}]
+    assert encoded(tiny_tokenizer(), file, *rows)[0] == ("7", "+1=8<|endoftext|>")
 
 
 def test_completions_end_with_eos(file):

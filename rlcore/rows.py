@@ -1,0 +1,96 @@
+"""Rows of data in the hand: as their files have them, each with the place it comes from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of one source, for messages."""
+
+    source: str  # a file, or a dataset's name
+    unit: str  # what its rows are counted in: "line" or "row"
+    numbers: Sequence[int]  # one a row
+
+
+class Rows:
+    """Rows of named values; what a row holds is never changed to agree with other rows.
+
+    `rows[3]` is the row {name: value}; `rows[2:5]` and `rows[[4, 1]]` are columns {name: values},
+    and `rows["answer"]` is one column. In a column a row that lacks it has None.
+
+    Args:
+        rows: dicts in order, in memory or read when they are asked for.
+        parts: where they come from, in the same order.
+        names: the columns' names; None: all that any row has.
+
+    Attributes:
+        notes: what the user should be told of where they come from.
+        null_fields: columns whose nested objects have null fields, be it that they lack them.
+        group: the required columns that every row has.
+    """
+
+    notes: tuple[str, ...] = ()
+    null_fields: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        parts: Sequence[Part],
+        names: Iterable[str] | None = None,
+    ):
+        self._rows = rows
+        self._parts = tuple(parts)
+        self._names = _all_names(rows) if names is None else dict.fromkeys(names)
+        self.column_names = list(self._names)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._selected, self._rows)
+
+    def __getitem__(self, key: int | slice | Sequence[int] | str) -> Any:
+        if isinstance(key, str):
+            return [row.get(key) for row in self]
+        if isinstance(key, int):
+            return self._selected(self._rows[key])
+        indices = range(len(self))[key] if isinstance(key, slice) else key
+        picked = [self[index] for index in indices]
+        # Copies: a reward function may do what it likes with its columns.
+        return copy.deepcopy(
+            {name: [row.get(name) for row in picked] for name in self.column_names}
+        )
+
+    def select_columns(self, names: Iterable[str]) -> Rows:
+        """The same rows with these columns alone."""
+        return Rows(self._rows, self._parts, names)
+
+    def where(self, index: int) -> str:
+        """The place of a row, for messages: "rows.jsonl, line 7"."""
+        for part in self._parts:
+            if index < len(part.numbers):
+                return f"{part.source}, {part.unit} {part.numbers[index]}"
+            index -= len(part.numbers)
+        raise IndexError(index)
+
+    def _selected(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name in self._names}
+
+
+def joined(pieces: Sequence[Rows]) -> Rows:
+    """The rows of all pieces, one after another."""
+    rows = [row for piece in pieces for row in piece._rows]
+    return Rows(rows, [part for piece in pieces for part in piece._parts])
+
+
+def _all_names(rows: Iterable[Mapping[str, Any]]) -> dict[str, None]:
+    names: dict[str, None] = {}
+    for row in rows:
+        names.update(dict.fromkeys(row))
+    return names
