@@ -1,19 +1,23 @@
 """Rows as token ids, and token ids as padded batches.
 
-A prompt and its completion are tokenized apart, because that is how the policy meets them when it
+A completion's tokens follow its prompt's, because that is how the policy meets them when it
 generates; prompts are padded on the left, completions on the right.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from rlcore.chat import answer_text, prompt_text, rendered
+from rlcore.ends import end_ids
 from rlcore.errors import UserError
 from rlcore.rows import Rows
+from rlcore.tokens import following_ids, opened_ids, plain_ids
 
 
 @dataclass(frozen=True)
@@ -44,26 +48,6 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in tensors))
 
 
-def prompt_text(tokenizer: Any, prompt: str | list[dict]) -> str:
-    """The prompt as one string: text stays, messages go through the tokenizer's chat template.
-
-    Raises:
-        UserError: messages, but a tokenizer without a chat template.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    return _templated(tokenizer, prompt, add_generation_prompt=True)
-
-
-def _templated(tokenizer: Any, messages: list[dict], **options: Any) -> str:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the data holds chat messages, but the tokenizer {tokenizer.name_or_path!r} has no "
-            "chat template: give plain text, or set tokenizer.chat_template and save it"
-        )
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-
-
 def encode_prompts(
     tokenizer: Any, prompts: Sequence[str | list[dict]], max_length: int | None = None
 ) -> list[list[int]]:
@@ -73,26 +57,19 @@ def encode_prompts(
         UserError: a prompt without any token, which nothing could follow.
     """
     texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
-    # A chat template writes its own special tokens.
-    plain = [isinstance(prompt, str) for prompt in prompts]
-    encoded = _encode_mixed(tokenizer, texts, plain)
+    encoded = _head_ids(tokenizer, texts, [isinstance(prompt, str) for prompt in prompts])
     for ids, text in zip(encoded, texts, strict=True):
         if not ids:
             raise UserError(f"the prompt {text!r} has no tokens; it needs at least one")
     return encoded if max_length is None else [ids[-max_length:] for ids in encoded]
 
 
-def _encode_mixed(tokenizer: Any, texts: list[str], special: list[bool]) -> list[list[int]]:
-    """Each text's ids, with the tokenizer's own special tokens where `special` says so."""
-    encoded: list[list[int]] = [[] for _ in texts]
-    for wanted in (True, False):
-        rows = [index for index, value in enumerate(special) if value == wanted]
-        if rows:
-            batch = [texts[index] for index in rows]
-            ids = tokenizer(batch, add_special_tokens=wanted, padding=False)["input_ids"]
-            for index, row_ids in zip(rows, ids, strict=True):
-                encoded[index] = row_ids
-    return encoded
+def _head_ids(tokenizer: Any, texts: Sequence[str], is_text: Sequence[bool]) -> list[list[int]]:
+    """Ids of what a sequence begins with; a chat template has written its own special tokens."""
+    rows = list(zip(texts, is_text, strict=True))
+    opened = iter(opened_ids(tokenizer, [text for text, plain in rows if plain]))
+    templated = iter(plain_ids(tokenizer, [text for text, plain in rows if not plain]))
+    return [next(opened if plain else templated) for _, plain in rows]
 
 
 def encode_examples(tokenizer: Any, rows: Rows, max_length: int | None = None) -> list[Example]:
@@ -123,13 +100,16 @@ def encode_completions(
     chat template ends it.
     """
     pairs = [_as_pair(tokenizer, row) for row in rows]
-    prompts, completions, special = (list(column) for column in zip(*pairs, strict=True))
-    prompt_ids = _encode_mixed(tokenizer, prompts, special)
-    completion_ids = _encode_mixed(tokenizer, completions, [False] * len(pairs))
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    heads, tails, is_text = (list(column) for column in zip(*pairs, strict=True))
+    prompts = _head_ids(tokenizer, heads, is_text)
+    completions = following_ids(tokenizer, heads, tails) if has_prompt else [[]] * len(pairs)
+    ends = end_ids(tokenizer)
     examples: list[Example | None] = []
-    for prompt, completion, plain in zip(prompt_ids, completion_ids, special, strict=True):
-        ids = (prompt + completion + (eos if plain else []))[:max_length]
+    for prompt, completion, plain in zip(prompts, completions, is_text, strict=True):
+        ids = prompt + completion
+        if plain and tokenizer.eos_token_id is not None and not set(ids[-1:]) & ends:
+            ids = [*ids, tokenizer.eos_token_id]
+        ids = ids[:max_length]
         # Without a prompt the first token plays its part: nothing comes before it to predict it.
         length = len(prompt) if has_prompt else 1
         fits = 0 < length < len(ids)
@@ -137,25 +117,32 @@ def encode_completions(
     return examples
 
 
+def up_to_end(tokenizer: Any, example: Example) -> Example:
+    """Without what a chat template writes after the end of the last turn, which no policy gets to.
+
+    That is blanks, and perhaps an end of the whole text.
+    """
+    ids, ends = example.completion, end_ids(tokenizer)
+    closing = itertools.takewhile(
+        lambda place: ids[place] in ends or not tokenizer.decode(ids[place]).strip(),
+        reversed(range(len(ids))),
+    )
+    length = min((place + 1 for place in closing if ids[place] in ends), default=len(ids))
+    return Example(example.prompt, ids[:length])
+
+
 def _as_pair(tokenizer: Any, row: dict) -> tuple[str, str, bool]:
     """(prompt text, completion text, whether special tokens are still to be added)."""
     if "text" in row:
         return row["text"], "", True
     if "messages" in row:
-        return _templated(tokenizer, row["messages"]), "", False
+        return rendered(tokenizer, row["messages"]), "", False
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt, completion, True
-    if isinstance(prompt, str) or isinstance(completion, str):
+    if isinstance(prompt, str) != isinstance(completion, str):
         raise UserError("'prompt' and 'completion' must both be text or both be messages")
-    head = _templated(tokenizer, prompt, add_generation_prompt=True)
-    whole = _templated(tokenizer, prompt + completion)
-    if not whole.startswith(head):
-        raise UserError(
-            "the chat template writes the prompt differently once an answer follows, so prompt "
-            "and completion cannot be told apart; give plain text instead"
-        )
-    return head, whole[len(head) :], False
+    if isinstance(prompt, str):
+        return prompt, completion, True
+    return *answer_text(tokenizer, prompt, completion), False
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:

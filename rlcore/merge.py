@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlcore.adapters import ADAPTER_CONFIG, is_adapter, require_peft
 from rlcore.checkpoint import save_model
+from rlcore.ends import set_end_tokens
 from rlcore.errors import UserError
 from rlcore.models import load_classifier, load_policy, load_tokenizer
 
@@ -34,5 +35,7 @@ def merge(config: MergeConfig) -> None:
         raise UserError(f"output_dir {directory} exists and is not empty: choose another")
     task = json.loads((Path(config.adapter) / ADAPTER_CONFIG).read_text())["task_type"]
     load = load_classifier if task == "SEQ_CLS" else load_policy
-    save_model(load(config.adapter), load_tokenizer(config.adapter), directory)
+    model, tokenizer = load(config.adapter), load_tokenizer(config.adapter)
+    set_end_tokens(model, tokenizer)
+    save_model(model, tokenizer, directory)
     print(f"the whole model is in {directory}")

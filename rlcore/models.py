@@ -18,16 +18,26 @@ from rlcore.adapters import has_adapter, merge_adapter
 from rlcore.errors import UserError
 
 
-def load_tokenizer(name_or_path: str) -> Any:
+def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
     """The tokenizer with left padding; where it has no pad token, eos stands in for it.
 
+    Args:
+        eos_token: the token to end text with, of the tokenizer's own; None: the one it has.
+
     Raises:
-        UserError: nothing loadable there, or a tokenizer with neither a pad nor an eos token.
+        UserError: nothing loadable there, or a tokenizer with neither a pad nor an eos token, or
+            without the token asked for.
     """
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, "tokenizer", name_or_path)
     tokenizer.padding_side = "left"
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"eos_token {eos_token!r} is no token of {name_or_path!r}: name one that it has"
+            )
+        tokenizer.add_special_tokens({"eos_token": eos_token})
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer of {name_or_path!r} has neither a pad nor an eos token")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlcore.adapters import NEW_HEAD
-from rlcore.encoding import Example, collate, encode_prompts
+from rlcore.encoding import Example, collate, encode_completions, encode_prompts, up_to_end
 from rlcore.errors import UserError
 from rlcore.models import forward_options, load_classifier, load_tokenizer, position_ids
 
@@ -96,15 +96,12 @@ class RewardModel:
     ) -> list[float]:
         """The score of each prompt with its completion.
 
-        `completion_ids` are the tokens as sampled, with eos where it came; without them each text
-        is taken to have ended.
+        `completion_ids` are the tokens as sampled, up to the end where it came; without them each
+        completion is taken to have ended.
         """
         if self.model is None:
             raise UserError(f"reward_model {self.path!r} is not loaded: call prepare first")
-        if completion_ids is None:
-            completion_ids = self._encode(completions)
-        pairs = zip(encode_prompts(self.tokenizer, prompts), completion_ids, strict=True)
-        rows = [Example(list(prompt), list(ids)) for prompt, ids in pairs]
+        rows = self.examples(prompts, completions, completion_ids)
         scores = torch.zeros(len(rows))
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         device = next(self.model.parameters()).device
@@ -117,7 +114,19 @@ class RewardModel:
             ).cpu()
         return scores.tolist()
 
-    def _encode(self, completions: Sequence[Any]) -> list[list[int]]:
-        texts = [c if isinstance(c, str) else "".join(m["content"] for m in c) for c in completions]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [[*row, self.tokenizer.eos_token_id] for row in ids]
+    def examples(
+        self,
+        prompts: Sequence[str | list[dict]],
+        completions: Sequence[str | list[dict]],
+        completion_ids: Sequence[list[int]] | None = None,
+    ) -> list[Example]:
+        """The tokens that are judged: those that the model would have been trained on."""
+        if completion_ids is not None:
+            pairs = zip(encode_prompts(self.tokenizer, prompts), completion_ids, strict=True)
+            return [Example(list(prompt), list(ids)) for prompt, ids in pairs]
+        pairs = zip(prompts, completions, strict=True)
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        examples = encode_completions(self.tokenizer, rows, None)
+        if None in examples:
+            raise UserError("a completion without any token has no score")
+        return [up_to_end(self.tokenizer, example) for example in examples]

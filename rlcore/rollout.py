@@ -1,7 +1,7 @@
 """Completions sampled from a policy, many at once.
 
 Each prompt goes through the model once and its cache is repeated for its completions; prompts are
-padded on the left, positions count attended tokens only, and rows that reached eos leave the batch
+padded on the left, positions count attended tokens only, and rows that ended leave the batch
 once they are half of it. The same seed gives the same completions.
 """
 
@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
+from rlcore.chat import goes_on, prompt_text
 from rlcore.encoding import encode_prompts, pad
+from rlcore.ends import end_tokens
 from rlcore.errors import UserError
 from rlcore.models import forward_options, position_ids
+from rlcore.tokens import begins_anew, mid_text
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def generate(
         prompt_length=prompt_ids.shape[1],
         completion_ids=completion_ids,
         completion_mask=completion_mask,
-        completions=decode(tokenizer, completion_ids, completion_mask),
+        completions=_texts(tokenizer, prompts, completion_ids, completion_mask),
         truncated=truncated,
     )
 
@@ -167,20 +170,22 @@ def _up_to_end(ids: torch.Tensor, eos: torch.Tensor) -> tuple[torch.Tensor, torc
     return ends_before == 0, ~is_end.any(1)
 
 
-def decode(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
-    """The counted tokens (N, C) of each row as text, special tokens left out."""
-    kept = [row[counts].tolist() for row, counts in zip(ids.cpu(), mask.cpu(), strict=True)]
-    return tokenizer.batch_decode(
-        kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-
-
-def end_tokens(model: Any, tokenizer: Any) -> torch.Tensor:
-    """(E,) int64: the tokenizer's eos and those of the model's generation config."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    known = {*configured, tokenizer.eos_token_id} - {None}
-    return torch.tensor(sorted(known), dtype=torch.int64)
+def _texts(
+    tokenizer: Any, prompts: Sequence[str | list[dict]], ids: torch.Tensor, mask: torch.Tensor
+) -> list[str]:
+    """The counted tokens of (N, C) as text behind their prompts, special tokens left out."""
+    rows = [row[counts].tolist() for row, counts in zip(ids.cpu(), mask.cpu(), strict=True)]
+    generations = len(rows) // len(prompts)
+    texts: list[str] = []
+    for number, prompt in enumerate(prompts):
+        # a turn's own text begins without the blank that some tokenizers put before every text
+        middle = goes_on(prompt) and not begins_anew(tokenizer, prompt_text(tokenizer, prompt))
+        texts += (mid_text(tokenizer) if middle else tokenizer).batch_decode(
+            rows[number * generations : (number + 1) * generations],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+    return texts
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch
 from rlcore import checkpoint, output_dir
 from rlcore.adapters import add_lora, checkpoint_adapters_alone
 from rlcore.config import save_config
+from rlcore.ends import missing_end, set_end_tokens
 from rlcore.errors import TrainingDiverged
 from rlcore.heads import Head, LogitsHead, choose_head
 from rlcore.models import no_progress_bars
@@ -120,6 +121,7 @@ def start_run(
             seed=config.seed,
         )
         checkpoint_adapters_alone(accelerator)
+    set_end_tokens(model, tokenizer)
     run = Run(config, accelerator, model, None, tokenizer, steps)
     run.head, run.head_note = choose_head(model, run.wants_fused_head)
     run.model, run.optimizer = accelerator.prepare(model, make_optimizer(model, config))
@@ -175,6 +177,8 @@ def tracking(
     ) as own:
         if run.head_note:
             own.message(f"the fused head is off: {run.head_note}")
+        if note := missing_end(run.tokenizer):
+            own.message(note)
         yield own
 
 

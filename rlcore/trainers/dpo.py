@@ -98,7 +98,7 @@ def train_dpo(
     judge = make_judge(config, reward_funcs)
     check_dpo_config(config, len(judge.functions))
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.eos_token)
     judge.prepare(tokenizer, accelerator.device)
     data, held_out = _load_data(config, tokenizer)
     model = load_policy(

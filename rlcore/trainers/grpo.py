@@ -78,7 +78,7 @@ def train_grpo(
     judge = make_judge(config, reward_funcs)
     check_grpo_config(config, len(judge.functions))
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.eos_token)
     judge.prepare(tokenizer, accelerator.device)
     rows = load_rows(config.dataset)
     held_out = None if config.eval_dataset is None else load_rows(config.eval_dataset)

@@ -4,7 +4,7 @@
            + center_rewards_coefficient * (r_chosen + r_rejected)^2
 
 The Bradley-Terry likelihood of the pairs (Ouyang et al. 2022, arXiv:2203.02155), with margin and
-centring on request. r is a linear score of the last token's hidden state, which is the eos of an
+centring on request. r is a linear score of the last token's hidden state, which is the end of an
 answer: a pair too long for the model to see it is left out, not cut.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import rlcore as rl
-from rlcore.encoding import Example
+from rlcore.encoding import up_to_end
 from rlcore.errors import UserError
 from rlcore.models import load_classifier, load_tokenizer
 from rlcore.pairs import Pair, collate_pairs, load_pairs, margins
@@ -74,7 +74,7 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
     """
     check_train_config(config)
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.eos_token)
     pairs = load_ended_pairs(tokenizer, config.dataset, config.max_length)
     held_out = None
     if config.eval_dataset is not None:
@@ -106,7 +106,7 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
 
 
 def load_ended_pairs(tokenizer: Any, path_or_name: str, max_length: int | None) -> list[Pair]:
-    """The pairs whose answers both fit, each answer up to its eos as a policy would sample it.
+    """The pairs whose answers both fit, each answer up to its end as a policy would sample it.
 
     Raises:
         UserError: what `load_pairs` raises, or no pair fits.
@@ -114,8 +114,8 @@ def load_ended_pairs(tokenizer: Any, path_or_name: str, max_length: int | None) 
     pairs = [
         dataclasses.replace(
             pair,
-            chosen=_ended(pair.chosen, tokenizer.eos_token_id),
-            rejected=_ended(pair.rejected, tokenizer.eos_token_id),
+            chosen=up_to_end(tokenizer, pair.chosen),
+            rejected=up_to_end(tokenizer, pair.rejected),
         )
         for pair in load_pairs(tokenizer, path_or_name, None)
     ]
@@ -125,15 +125,6 @@ def load_ended_pairs(tokenizer: Any, path_or_name: str, max_length: int | None) 
     if not fitting:
         raise UserError(f"{path_or_name}: no pair has both answers within max_length tokens")
     return fitting
-
-
-def _ended(example: Example, eos_token_id: int | None) -> Example:
-    """Without what a chat template writes after the last eos, which no policy gets to."""
-    completion = example.completion
-    if eos_token_id not in completion:
-        return example
-    after = completion[::-1].index(eos_token_id)
-    return dataclasses.replace(example, completion=completion[: len(completion) - after])
 
 
 def _train_step(run: Run, step: int, pairs: Sequence[Pair]) -> dict[str, float]:

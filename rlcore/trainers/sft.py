@@ -62,7 +62,7 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
     """
     check_train_config(config)
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.eos_token)
     examples = encode_examples(tokenizer, load_rows(config.dataset, SFT_COLUMNS), config.max_length)
     held_out = _held_out(config, tokenizer)
     model = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing)

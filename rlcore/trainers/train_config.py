@@ -36,6 +36,7 @@ class TrainConfig:
     overwrite_output_dir: bool = False  # replace an earlier run in output_dir
     resume: bool = False  # go on from output_dir's last complete checkpoint
     seed: Seed = 0  # of data order, dropout and sampling
+    eos_token: str | None = None  # the tokenizer's token to end text with; None: its own eos
 
     # Optimization
 

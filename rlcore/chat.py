@@ -1,0 +1,85 @@
+"""Chat messages as the text that a tokenizer's template makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlcore.errors import UserError
+
+
+def prompt_text(tokenizer: Any, prompt: str | list[dict]) -> str:
+    """The prompt as one string: text stays, messages go through the tokenizer's chat template.
+
+    The text of messages ends where the assistant is to write: in a turn of its own, or within the
+    last message, where that is the assistant's already.
+
+    Raises:
+        UserError: messages, but a tokenizer without a chat template; a last message of the
+            assistant's that has no text to go on from.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not goes_on(prompt):
+        return rendered(tokenizer, prompt, add_generation_prompt=True)
+    try:
+        if not prompt[-1].get("tool_calls"):
+            return rendered(tokenizer, prompt, continue_final_message=True)
+        reason = "it calls a tool"
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(
+        "a prompt ends with an assistant message that cannot be gone on from: end it with the "
+        f"message before, or give plain text ({reason})"
+    )
+
+
+def goes_on(prompt: str | list[dict]) -> bool:
+    """Whether a completion goes on where the prompt stops, and opens no turn of its own."""
+    return isinstance(prompt, str) or prompt[-1]["role"] == "assistant"
+
+
+def answer_text(tokenizer: Any, prompt: list[dict], completion: list[dict]) -> tuple[str, str]:
+    """The prompt's text, and what the template writes behind it for the completion.
+
+    Raises:
+        UserError: the template writes the prompt differently once an answer follows, or the
+            completion does not go on from the assistant message that the prompt ends with.
+    """
+    head = prompt_text(tokenizer, prompt)
+    whole = rendered(tokenizer, _conversation(prompt, completion))
+    if not whole.startswith(head):
+        raise UserError(
+            "the chat template writes the prompt differently once an answer follows, so prompt "
+            "and completion cannot be told apart; give plain text instead"
+        )
+    return head, whole[len(head) :]
+
+
+def _conversation(prompt: list[dict], completion: list[dict]) -> list[dict]:
+    """All messages; the completion's first goes on in the assistant's turn that was begun."""
+    if not goes_on(prompt):
+        return prompt + completion
+    *earlier, begun = prompt
+    texts = [message.get("content") for message in (begun, *completion[:1])]
+    is_answer = [message["role"] for message in completion[:1]] == ["assistant"]
+    if not is_answer or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            "the prompt ends with an assistant message, so the completion must go on with the "
+            "text of another: end the prompt with the message before"
+        )
+    merged = {k: v for m in (begun, completion[0]) for k, v in m.items() if v is not None}
+    return [*earlier, merged | {"content": "".join(texts)}, *completion[1:]]
+
+
+def rendered(tokenizer: Any, messages: list[dict], **options: Any) -> str:
+    """What the template makes of the messages.
+
+    Raises:
+        UserError: there is no template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"the data holds chat messages, but the tokenizer {tokenizer.name_or_path!r} has no "
+            "chat template: give plain text, or set tokenizer.chat_template and save it"
+        )
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
