@@ -8,24 +8,21 @@ opinion on a completion.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
-import os
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 
+from rlcore.code_reward import code_runs, completion_text
 from rlcore.errors import UserError, nearest
-from rlcore.sandbox import run_python
+from rlcore.user_code import explain, import_function
 
 RewardFunction = Callable[..., list]
-CODE_SECONDS = 5.0
+REGEX_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,13 +38,6 @@ class Rewards:
         return ~self.total.isnan()
 
 
-def completion_text(completion: str | list[dict]) -> str:
-    """The text of a completion, be it text or messages."""
-    if isinstance(completion, str):
-        return completion
-    return "".join(message["content"] for message in completion)
-
-
 def exact_match(prompts: list, completions: list, answer: list[str], **_: Any) -> list[float]:
     """1.0 where the completion, spaces around it aside, is the column `answer`."""
     return [
@@ -57,11 +47,23 @@ def exact_match(prompts: list, completions: list, answer: list[str], **_: Any) -
 
 
 def regex_match(prompts: list, completions: list, pattern: list[str], **_: Any) -> list[float]:
-    """1.0 where the whole completion matches the column `pattern`, a regular expression."""
+    """1.0 where the whole completion matches the column `pattern`, a regular expression.
+
+    A match that takes more than about REGEX_SECONDS is none: some patterns would take years.
+    """
     return [
-        float(re.fullmatch(wanted, completion_text(completion), re.DOTALL) is not None)
+        float(_matches(wanted, completion_text(completion)))
         for completion, wanted in zip(completions, pattern, strict=True)
     ]
+
+
+def _matches(pattern: str, text: str) -> bool:
+    # The standard library's `re` cannot be stopped.
+    try:
+        found = regex.fullmatch(pattern, text, regex.DOTALL | regex.VERSION0, timeout=REGEX_SECONDS)
+    except TimeoutError:
+        return False
+    return found is not None
 
 
 def think_format(prompts: list, completions: list, **_: Any) -> list[float]:
@@ -93,25 +95,6 @@ def math_verify(
     return scores
 
 
-def code_runs(prompts: list, completions: list, **columns: Any) -> list[float]:
-    """1.0 where the completion's Python code, followed by the column `tests` if any, exits with 0.
-
-    The code is the last fenced block, or the whole completion. It runs in a process of its own with
-    limits on time and memory: a fence against accidents, not against an attacker.
-    """
-    tests = columns.get("tests") or [""] * len(completions)
-    programs = [
-        f"{_last_code_block(completion_text(completion))}\n{test or ''}\n"
-        for completion, test in zip(completions, tests, strict=True)
-    ]
-    return [float(run_python(program, seconds=CODE_SECONDS)) for program in programs]
-
-
-def _last_code_block(text: str) -> str:
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", text, re.DOTALL)
-    return blocks[-1] if blocks else text
-
-
 def arithmetic(prompts: list, completions: list, **columns: Any) -> list[float]:
     """1.0 where the embedded task's verifier finds the column `answer`."""
     from rlcore.tasks.arithmetic import correct
@@ -140,25 +123,13 @@ def load_reward(name: str) -> RewardFunction:
     """
     if name in REWARDS:
         return REWARDS[name]
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         guess = nearest(name, REWARDS)
         raise UserError(
             f"unknown reward {name!r}.{f' Did you mean {guess!r}?' if guess else ''} "
             f"Known: {', '.join(sorted(REWARDS))}, or package.module:function"
         )
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        # The module is the user's: whatever it raises on import is the reason.
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"reward {name!r}: cannot import {module_name!r}: {reason}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"reward {name!r}: {module_name!r} has no function {function_name!r}")
-    return function
+    return import_function("reward", name)
 
 
 def reward_name(function: RewardFunction) -> str:
@@ -185,8 +156,8 @@ def compute_rewards(
         completion_ids: the tokens of each completion, for the functions that take them.
 
     Raises:
-        UserError: a function raised, gave another count than N, or something other than finite
-            numbers and None; it is named, with what came.
+        UserError: a function raised (told with file, line and row), gave another count than N, or
+            something other than finite numbers and None; it is named, with what came.
         ValueError: as many weights as functions are needed.
     """
     weights = [1.0] * len(functions) if weights is None else list(weights)
@@ -226,9 +197,9 @@ def _call(
         scores = function(prompts=prompts, completions=completions, **columns)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # The function is the user's: the error it raised is what they need to see.
-        reason = f"{type(error).__name__}: {error}"
+        reason = explain(error, function, prompts, completions, columns)
         raise UserError(f"reward function {name!r} raised {reason}") from error
     if isinstance(scores, torch.Tensor):
         scores = scores.tolist()

@@ -14,6 +14,7 @@ from helpers.tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rlcore.advantages import group_advantage
+from rlcore.checkpoint import last_checkpoint
 from rlcore.errors import TrainingDiverged, UserError
 from rlcore.tracking import read_metrics
 from rlcore.trainers import grpo
@@ -168,6 +169,26 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path, options
     assert same(config.output_dir, halves.output_dir)
     for name in ("step", "loss", "reward", "kl", "num_tokens", "epoch"):
         assert [line[name] for line in lines(config)] == [line[name] for line in lines(halves)]
+
+
+def test_a_reward_that_raises_leaves_the_checkpoint_to_go_on_from(config, tmp_path):
+    calls = []
+
+    def breaks(prompts, completions, answer, **_):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyError("in the third batch")
+        return digits(prompts, completions)
+
+    config = dataclasses.replace(config, lr_scheduler_type="constant", save_steps=2)
+    run(config, max_steps=4)
+    broken = dataclasses.replace(config, output_dir=str(tmp_path / "broken"))
+    with pytest.raises(UserError, match=r"KeyError: 'in the third batch' at .*test_grpo_run.py:"):
+        train_grpo(broken, reward_funcs=[breaks])
+    assert last_checkpoint(broken.output_dir).name == "checkpoint-2"
+    train_grpo(dataclasses.replace(broken, resume=True), reward_funcs=[digits])
+    assert same(config.output_dir, broken.output_dir)
+    assert [line["step"] for line in lines(broken)] == [1, 2, 3, 4]
 
 
 def test_checkpoints_wait_for_the_end_of_a_generation_batch(config):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.tiny import tiny_model
 from helpers.tokenizers import BOS, EOS, TEMPLATES, VOCABULARIES, vocabulary
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoTokenizer
 
 from rlcore import rollout
 from rlcore.encoding import encode_examples, encode_prompts
@@ -24,7 +24,6 @@ from rlcore.pairs import load_pairs
 from rlcore.reward_model import RewardModel
 from rlcore.rollout import generate
 from rlcore.rows import Part, Rows
-from rlcore.tokens import mid_text
 from rlcore.trainers import sft
 from rlcore.trainers.reward_model import load_ended_pairs
 from rlcore.trainers.sft import SFTConfig, train_sft
@@ -191,7 +190,7 @@ def test_reward_models_judge_what_a_policy_samples_as_they_learned_it(
     tokenizer = known.with_template(template)
     end = tokenizer.convert_tokens_to_ids(TEMPLATES[template][1])
     reward = RewardModel("somewhere")
-    reward.tokenizer = reward.policy_tokenizer = tokenizer
+    reward.tokenizer = tokenizer
     for prompt, content in CHATS:
         answers = {"chosen": content, "rejected": "Ben"}
         messages = {s: [{"role": "assistant", "content": text}] for s, text in answers.items()}
@@ -207,39 +206,15 @@ def test_reward_models_judge_what_a_policy_samples_as_they_learned_it(
             assert result.input_ids[row, : result.prompt_length].tolist() == example.prompt
             assert known.same_text(result.completions[row].strip(), answers[side].strip())
         assert not result.truncated.any()
-        for ids in (None, kept(result)):
-            asked = reward.examples([prompt] * 2, list(messages.values()), ids)
-            assert asked == [learned.chosen, learned.rejected]
-
-
-def test_reward_models_are_asked_in_their_own_template_whatever_the_policys(tmp_path):
-    prompt, content = CHATS[0]
-    answers = {"chosen": content, "rejected": "Ben"}
-    messages = {s: [{"role": "assistant", "content": text}] for s, text in answers.items()}
-    path = write(tmp_path / "pairs.jsonl", {"prompt": prompt, **messages})
-    reward = RewardModel("somewhere")
-    reward.tokenizer = vocabulary("bytes").with_template("gemma")
-    reward.policy_tokenizer = vocabulary("bytes").with_template("chatml")
-    (learned,) = load_ended_pairs(reward.tokenizer, path, None)
-    (policys,) = load_ended_pairs(reward.policy_tokenizer, path, None)
-    sampled = [policys.chosen.completion, policys.rejected.completion]
-    asked = reward.examples([prompt] * 2, list(messages.values()), sampled)
-    assert asked == [learned.chosen, learned.rejected] != [policys.chosen, policys.rejected]
-    # one that was cut has no end to exchange
-    (cut, _) = reward.examples([prompt] * 2, list(messages.values()), [s[:-1] for s in sampled])
-    assert cut.completion == sampled[0][:-1]
-    # text ends with eos: each has its own
-    reward.policy_tokenizer.add_special_tokens({"eos_token": "<|end|>"})
-    end = reward.policy_tokenizer.eos_token_id
-    (text,) = reward.examples(["x ="], [" 1"], [[5, end]])
-    assert text.completion == [5, reward.tokenizer.eos_token_id]
+        asked = reward.examples([prompt] * 2, list(messages.values()))
+        assert asked == [learned.chosen, learned.rejected]
 
 
 @every_vocabulary
 def test_reward_models_judge_text_as_they_learned_it(name, tmp_path):
     known = vocabulary(name)
     reward = RewardModel("somewhere")
-    reward.tokenizer = reward.policy_tokenizer = known.tokenizer
+    reward.tokenizer = known.tokenizer
     for prompt, completion in text_rows(known):
         row = {"prompt": prompt, "chosen": completion, "rejected": " 1 and 1"}
         path = write(tmp_path / "pairs.jsonl", row)
@@ -275,22 +250,6 @@ def test_what_cannot_go_on_is_refused():
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     with pytest.raises(UserError, match="ends with an assistant message"):
         encode_prompts(tokenizer, [[*begun[:1], call]])
-
-
-def test_a_tokenizer_without_a_rust_backend_is_read_alike():
-    tokenizer = ByT5Tokenizer()  # closes every text with eos
-    (row,) = examples(tokenizer, {"prompt": "x =", "completion": " 1"})
-    assert bytes(index - 3 for index in row.prompt) == b"x ="
-    assert bytes(index - 3 for index in row.completion[:-1]) == b" 1"
-    assert row.completion[-1] == tokenizer.eos_token_id
-    assert encode_prompts(tokenizer, ["x ="]) == [row.prompt]
-
-
-def test_one_that_writes_blanks_of_its_own_is_refused(monkeypatch):
-    tokenizer = ByT5Tokenizer()
-    monkeypatch.setattr(tokenizer, "_tokenize", lambda text: list("▁" + text))
-    with pytest.raises(UserError, match="writes a blank before every text"):
-        mid_text(tokenizer)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from rlcore import sandbox
+from rlcore.code_reward import code_runs, code_runs_in
 from rlcore.reward_model import RewardModel
 from rlcore.rewards import RewardFunction, Rewards, compute_rewards, load_reward, reward_name
 from rlcore.rollout import Rollout, generate
@@ -37,10 +41,15 @@ class Judge:
         )
 
     def prepare(self, tokenizer: Any, device: torch.device) -> None:
-        """Load the reward models among the functions, for a policy with that tokenizer."""
+        """Load the reward models among the functions, for a policy with that tokenizer.
+
+        Where programs are run, one line on stderr says what holds them.
+        """
         for function in self.functions:
             if isinstance(function, RewardModel):
                 function.prepare(tokenizer, device)
+        if code_runs in self.functions and os.environ.get("RANK", "0") == "0":
+            print(sandbox.describe(), file=sys.stderr)
 
 
 def _unpadded(rollout: Rollout) -> list[list[int]]:
@@ -52,7 +61,11 @@ def _unpadded(rollout: Rollout) -> list[list[int]]:
 def make_judge(config: SamplingConfig, functions: Iterable[RewardFunction] | None = None) -> Judge:
     """The config's rewards, and the `functions` besides; like names get a number each."""
     models = () if config.reward_model is None else (RewardModel(config.reward_model),)
-    functions = (*map(load_reward, config.reward), *(functions or ()), *models)
+    named = [load_reward(name) for name in config.reward]
+    if config.code_sandbox is not None:
+        sandboxed = code_runs_in(config.code_sandbox)
+        named = [sandboxed if function is code_runs else function for function in named]
+    functions = (*named, *(functions or ()), *models)
     weights = config.reward_weights
     own = [reward_name(function) for function in functions]
     unique = tuple(

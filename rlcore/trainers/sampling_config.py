@@ -23,6 +23,7 @@ class SamplingConfig(TrainConfig):
     # Reward
 
     reward: list[str] = field(default_factory=list)  # built-in names or package.module:function
+    code_sandbox: str | None = None  # package.module:function that runs code_runs' programs
     reward_model: str | None = None  # a trained reward model; may stand beside other rewards
     reward_weights: list[float] | None = None  # one a reward, the model's last; None: 1 each
     normalize_rewards: bool = False  # by the mean and std of all rewards of the run so far
@@ -88,6 +89,8 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
         raise UserError(
             "no reward: give --reward NAME, --reward package.module:function or --reward-model DIR"
         )
+    if config.code_sandbox is not None and "code_runs" not in config.reward:
+        raise UserError("code_sandbox is set, but the reward code_runs, which it serves, is not")
     if config.reward_weights is not None and len(config.reward_weights) != reward_count:
         raise UserError(
             f"reward_weights has {len(config.reward_weights)} entries for {reward_count} rewards"
