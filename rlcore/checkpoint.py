@@ -23,6 +23,7 @@ import torch
 from rlcore.adapters import has_adapter
 from rlcore.atomic import MANIFEST_FILE, publish, staged, staging_path
 from rlcore.errors import UserError
+from rlcore.run_record import note_written
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -38,6 +39,7 @@ def save_model(model: Any, tokenizer: Any, directory: str | Path) -> Path:
         model.save_pretrained(staging, safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        note_written(directory, (path.name for path in staging.iterdir()))
     return directory
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +21,7 @@ from rich.text import Text
 
 import rlcore
 from rlcore.config import flag_name, load_config
-from rlcore.errors import TrainingDiverged, UserError, unknown_name
+from rlcore.errors import TrainingDiverged, TrainingStopped, UserError, unknown_name
 from rlcore.options import Option, options
 
 USAGE_STATUS = 2
@@ -138,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingDiverged as error:
         return _fail(str(error), DIVERGED_STATUS)
     except KeyboardInterrupt:
-        return _fail("interrupted; --resume goes on from a checkpoint", INTERRUPTED_STATUS)
+        return _fail("interrupted", INTERRUPTED_STATUS)
 
 
 def _run(arguments: list[str]) -> int:
@@ -160,14 +162,41 @@ def _run(arguments: list[str]) -> int:
         return 0
     yaml_path, flags = _take_config(flags)
     config = load_config(config_class, yaml_path, _name_positionals(command, flags))
+    if yaml_path is not None and getattr(config, "overwrite_output_dir", False):
+        from rlcore.output_dir import check_apart
+
+        check_apart(config.output_dir, {"config": yaml_path})
     _quiet_transformers()
-    result = getattr(module, command.function)(config)
+    try:
+        result = getattr(module, command.function)(config)
+    except TrainingStopped as stop:
+        status = 128 + signal.Signals[stop.signal_name]
+        return _fail(f"{stop}{_way_on(config)}", status, label="") if _speaks() else status
+    except KeyboardInterrupt:
+        return _fail(f"interrupted{_way_on(config)}", INTERRUPTED_STATUS)
     if type(result) is int:  # an exit status
         return result
-    # of several processes the first speaks
-    if hasattr(result, "output_dir") and os.environ.get("RANK", "0") == "0":
+    if hasattr(result, "output_dir") and _speaks():
         print(f"model and metrics.jsonl are in {result.output_dir}")
     return 0
+
+
+def _speaks() -> bool:
+    """Of several processes the first speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _way_on(config: Any) -> str:
+    """How to go on with a run that was stopped, where there is something to go on from."""
+    if not hasattr(config, "resume") or not hasattr(config, "output_dir"):
+        return ""
+    from rlcore.output_dir import last_resumable
+
+    last = last_resumable(config.output_dir)
+    if last is None:
+        return ""
+    instead = " instead of --overwrite-output-dir" if config.overwrite_output_dir else ""
+    return f"; the same command with --resume{instead} goes on from {last.name}"
 
 
 def _quiet_transformers() -> None:
@@ -227,9 +256,9 @@ def _take_config(flags: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(message: str, status: int, label: str = "error: ") -> int:
     console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    console.print(Text.assemble((label, "bold red"), message), soft_wrap=True)
     return status
 
 

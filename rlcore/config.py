@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import io
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,11 +54,12 @@ def load_config(
     return cls(**values)
 
 
-def save_config(config: Any, path: str | Path) -> None:
-    """Write a config dataclass as a YAML file that `load_config` reads back."""
+def save_config(config: Any, path: str | Path, *, without: Collection[str] = ()) -> None:
+    """Write a config dataclass, but for the fields `without`, as YAML that `load_config` reads."""
     values = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
+        if name not in without
     }
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 

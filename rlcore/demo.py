@@ -21,6 +21,7 @@ from rich.text import Text
 
 from rlcore.errors import UserError
 from rlcore.ranges import Count, Seed, check_ranges
+from rlcore.run_record import note_start, read_record
 
 CURVE_LABELS = {"grpo": "GRPO", "control": "shuffled reward (control)"}
 SHUFFLED = "rlcore.tasks.arithmetic:shuffled"
@@ -62,7 +63,7 @@ def demo(config: DemoConfig) -> None:
     if not config.all:
         run_demo(config)
         return
-    directory = _check_directory(Path(config.output_dir))
+    directory = _take_directory(Path(config.output_dir))
     console = Console(highlight=False)
     console.print(
         "PG, TRPO, PPO, GRPO, DPO: from one start, with equal samples, on a verifier's reward, a\n"
@@ -78,7 +79,7 @@ def run_demo(config: DemoConfig, *, console: Console | None = None) -> dict[str,
     """Run it all, print the table, write curve.png and results.json; returns the three scores."""
     console = console or Console(highlight=False)
     started = time.monotonic()
-    directory = _check_directory(Path(config.output_dir))
+    directory = _take_directory(Path(config.output_dir))
     console.print(
         "A language model of 0.34M parameters, made here and now, learns word problems.\n"
         "Two cores need about four minutes. Nothing is downloaded.\n"
@@ -127,11 +128,14 @@ def _make_task(directory: Path, seed: int) -> tuple[Any, Exam]:
     return task, Exam(load_tokenizer(str(task.model)), [json.loads(line) for line in lines])
 
 
-def _check_directory(directory: Path) -> Path:
+def _take_directory(directory: Path) -> Path:
     """A new or empty directory, or an earlier demo's; nothing else is written into."""
-    ours = any((directory / name).is_dir() for name in ("task", "all"))
+    record = read_record(directory)
+    ours = record is not None and record.trainer == DemoConfig.__name__
     if directory.is_dir() and any(directory.iterdir()) and not ours:
         raise UserError(f"{directory} is not empty and holds no demo: choose another --output-dir")
+    directory.mkdir(parents=True, exist_ok=True)
+    note_start(directory, DemoConfig.__name__, {})
     return directory
 
 

@@ -33,6 +33,28 @@ class TrainingDiverged(RuntimeError):
         super().__init__(f"step {step}: {quantity} is {value}; training stopped, {where}")
 
 
+class TrainingStopped(KeyboardInterrupt):
+    """A signal asked the run to stop, and it did at the end of a step.
+
+    Args:
+        signal_name: "SIGINT", "SIGTERM" or "SIGHUP".
+        step: the last step that was done.
+        output_dir: where the run is.
+        checkpoint: what holds all of it; None where the run had ended and its model is whole.
+    """
+
+    def __init__(self, signal_name: str, step: int, output_dir: object, checkpoint: object = None):
+        self.signal_name = signal_name
+        self.step = step
+        self.checkpoint = checkpoint
+        where = (
+            f"{checkpoint} holds the run so far"
+            if checkpoint is not None
+            else f"that was the last one, and the model in {output_dir} is whole"
+        )
+        super().__init__(f"stopped by {signal_name} after step {step}; {where}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None where none is like it."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from rlcore.display import Display
 from rlcore.errors import UserError, unknown_name
-from rlcore.output_dir import METRICS_FILE, discard_unstarted
+from rlcore.output_dir import METRICS_FILE, discard_empty
 
 GRPO_COLUMNS = ("reward", "kl", "entropy", "tokens_per_second")
 SFT_COLUMNS = ("loss", "learning_rate", "tokens_per_second")
@@ -55,11 +55,7 @@ class Tracker:
         console: Console | None = None,
     ):
         self._path = Path(output_dir) / METRICS_FILE
-        try:
-            self._names = check_report_to(report_to)
-        except UserError:
-            discard_unstarted(output_dir)
-            raise
+        self._names = check_report_to(report_to)
         self._enabled = enabled
         self._start_step = start_step
         self._config = dict(config or {})
@@ -86,7 +82,7 @@ class Tracker:
         for reporter in self._reporters:
             reporter.finish()
         if kind is not None:
-            discard_unstarted(self._path.parent)
+            discard_empty(self._path.parent)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of `step`, show them, and hand them to the trackers.

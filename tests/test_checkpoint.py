@@ -20,7 +20,6 @@ from rlcore.checkpoint import (
     save_model,
 )
 from rlcore.errors import UserError
-from rlcore.output_dir import prepare_output_dir
 
 
 class Killed(BaseException):
@@ -95,7 +94,6 @@ def test_a_model_that_fails_to_save_leaves_nothing(tmp_path):
 
 
 def test_saving_into_a_run_keeps_its_other_files_and_replaces_the_model(tmp_path):
-    prepare_output_dir(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "model-00001-of-00002.safetensors").write_text("of an older, larger model")
     save_model(tiny_model(seed=1), None, tmp_path)

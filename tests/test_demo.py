@@ -72,7 +72,9 @@ def test_the_control_differs_from_the_run_in_its_reward_alone(short, tmp_path):
 
 
 def test_the_demo_does_not_write_into_somebody_elses_directory(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "train.jsonl").write_text("years of work")
     with pytest.raises(UserError, match="holds no demo"):
         run_demo(DemoConfig(output_dir=str(tmp_path)))
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["task", "train.jsonl"]
+    assert (tmp_path / "task" / "train.jsonl").read_text() == "years of work"

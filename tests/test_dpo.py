@@ -38,6 +38,7 @@ def make_config(directory, pairs, kind="qwen2", **changes):
         model=str(model),
         dataset=pairs,
         output_dir=str(directory / "out"),
+        save_steps=0,
         overwrite_output_dir=True,
         max_steps=1,
         per_device_train_batch_size=8,

@@ -38,6 +38,7 @@ def config(tmp_path):
         model=save_tiny(tmp_path / "model", initializer_range=0.05),
         dataset=str(tmp_path / "rows.jsonl"),
         output_dir=str(tmp_path / "run"),
+        save_steps=0,
         learning_rate=1e-2,
         per_device_train_batch_size=4,
         max_steps=4,

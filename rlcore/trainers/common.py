@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,20 @@ from rlcore import checkpoint, output_dir
 from rlcore.adapters import add_lora, checkpoint_adapters_alone
 from rlcore.config import save_config
 from rlcore.ends import missing_end, set_end_tokens
-from rlcore.errors import TrainingDiverged
+from rlcore.errors import TrainingDiverged, TrainingStopped, UserError
 from rlcore.heads import Head, LogitsHead, choose_head
 from rlcore.models import no_progress_bars
+from rlcore.run_record import note_start
 from rlcore.tracking import Tracker
 from rlcore.trainers.metrics import Log, Moments
+from rlcore.trainers.resuming import (
+    START_OPTIONS,
+    check_same_inputs,
+    check_same_options,
+    fingerprints_of,
+)
 from rlcore.trainers.schedules import learning_rate_scale
+from rlcore.trainers.stopping import StopRequest, stop_request
 from rlcore.trainers.train_config import TrainConfig
 
 Item = TypeVar("Item")
@@ -56,7 +65,9 @@ class Run:
     num_tokens: float = 0.0  # seen so far, by all processes
     reward_moments: Moments = field(default_factory=Moments)  # of all rewards so far
     head: Head = field(default_factory=LogitsHead)  # how losses are had from the model
-    head_note: str | None = None  # why it is not the fused one that was asked for
+    notes: list[str] = field(default_factory=list)  # what the user should know at the start
+    inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of data and models
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def policy(self) -> Any:
@@ -105,12 +116,14 @@ def start_run(
     tokenizer: Any,
     steps: int,
     beside: Callable[[Run], None] | None = None,
+    *,
+    data: Iterable[Any] = (),
 ) -> Run:
-    """Prepare model and optimizer, make the output directory, and resume where that was asked.
+    """Prepare model and optimizer, and resume where that was asked; writes nothing.
 
-    `beside` prepares what else the run trains and its checkpoints are to hold.
+    `beside` prepares what else the run trains and its checkpoints are to hold; `data` is what it
+    trains on, row by row.
     """
-    previous = checkpoint.last_checkpoint(config.output_dir) if config.resume else None
     if config.peft is not None:
         add_lora(
             model,
@@ -123,23 +136,51 @@ def start_run(
         checkpoint_adapters_alone(accelerator)
     set_end_tokens(model, tokenizer)
     run = Run(config, accelerator, model, None, tokenizer, steps)
-    run.head, run.head_note = choose_head(model, run.wants_fused_head)
+    run.head, head_note = choose_head(model, run.wants_fused_head)
+    if head_note:
+        run.notes.append(f"the fused head is off: {head_note}")
+    if end_note := missing_end(tokenizer):
+        run.notes.append(end_note)
+    _on_main(accelerator, lambda: _compare_with_before(run, data))
     run.model, run.optimizer = accelerator.prepare(model, make_optimizer(model, config))
     if beside is not None:
         beside(run)
-    # Every process has looked at the output directory by now; from here on it is no longer empty.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        output_dir.prepare_output_dir(
-            config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume
-        )
-        save_config(config, Path(config.output_dir) / output_dir.CONFIG_FILE)
-    accelerator.wait_for_everyone()
-    if previous is not None:
-        state = checkpoint.load_checkpoint(accelerator, previous)
-        run.first_step, run.num_tokens = state["step"], state["num_tokens"]
-        run.reward_moments = Moments(**state["reward_moments"])
+    if config.resume:
+        _load_last_checkpoint(run)
     return run
+
+
+def _compare_with_before(run: Run, data: Iterable[Any]) -> None:
+    """Note what the run reads; where it is resumed, that must be what it read before."""
+    run.inputs = fingerprints_of(run.config, data)
+    if run.config.resume:
+        check_same_inputs(run.config, run.inputs)
+        changes = check_same_options(run.config)
+        run.notes += [changes] if changes else []
+
+
+def _load_last_checkpoint(run: Run) -> None:
+    previous = output_dir.last_resumable(run.config.output_dir)
+    state = checkpoint.load_checkpoint(run.accelerator, previous)
+    if state["step"] > run.total_steps:
+        raise UserError(f"{previous} is beyond this run's last step, {run.total_steps}")
+    run.first_step, run.num_tokens = state["step"], state["num_tokens"]
+    run.reward_moments = Moments(**state["reward_moments"])
+
+
+def _on_main(accelerator: Any, action: Callable[[], object]) -> None:
+    """Have the main process do it; what it raises as a UserError every process raises."""
+    from accelerate.utils import broadcast_object_list
+
+    errors: list[UserError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except UserError as error:
+            errors = [error]
+    broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise errors[0]
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -161,11 +202,35 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
 def tracking(
     run: Run, tracker: Any | None, description: str, columns: Iterable[str]
 ) -> Iterator[Any]:
-    """The caller's open tracker, or one of our own for as long as the run lasts."""
-    if tracker is not None:
+    """The caller's open tracker or one of our own; for as long the output directory is the run's.
+
+    Signals ask the run to stop meanwhile. Writing begins here: until now all processes could look
+    at the directory as it was.
+    """
+    with contextlib.ExitStack() as held:
+        run.stop = held.enter_context(stop_request())
+        _on_main(run.accelerator, lambda: _claim(run, held))
+        tracker = tracker or held.enter_context(_own_tracker(run, description, columns))
+        for note in run.notes if run.accelerator.is_main_process else ():
+            tracker.message(note)
         yield tracker
-        return
-    with Tracker(
+    if signal_number := _asked_to_stop(run):
+        raise _stopped(run, signal_number, run.total_steps)
+
+
+def _claim(run: Run, held: contextlib.ExitStack) -> None:
+    """Make the output directory this run's while `held` is; begin its record."""
+    config, directory = run.config, Path(run.config.output_dir)
+    claim = output_dir.claimed(
+        directory, overwrite=config.overwrite_output_dir, resume=config.resume
+    )
+    run.notes += held.enter_context(claim)
+    note_start(directory, type(config).__name__, run.inputs)
+    save_config(config, directory / output_dir.CONFIG_FILE, without=START_OPTIONS)
+
+
+def _own_tracker(run: Run, description: str, columns: Iterable[str]) -> Tracker:
+    return Tracker(
         run.config.output_dir,
         run.total_steps,
         description,
@@ -174,12 +239,7 @@ def tracking(
         enabled=run.accelerator.is_main_process,
         start_step=run.first_step,
         config=dataclasses.asdict(run.config),
-    ) as own:
-        if run.head_note:
-            own.message(f"the fused head is off: {run.head_note}")
-        if note := missing_end(run.tokenizer):
-            own.message(note)
-        yield own
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -269,11 +329,18 @@ def wants_evaluation(run: Run, step: int) -> bool:
 
 
 def save_if_due(run: Run, step: int, unit: int = 1) -> None:
-    """A checkpoint where `step` ends a unit of steps in which a multiple of save_steps lies."""
-    every = run.config.save_steps
-    if not every or step % unit or step // every == (step - unit) // every:
+    """A checkpoint where `step` ends a unit of steps in which a multiple of save_steps lies.
+
+    Raises:
+        TrainingStopped: a signal has asked one of the processes to stop; the checkpoint is there.
+    """
+    if step % unit:
         return
-    checkpoint.save_checkpoint(
+    every, keep = _saving(run)
+    signal_number = 0 if step == run.total_steps else _asked_to_stop(run)
+    if not signal_number and (not every or step // every == (step - unit) // every):
+        return
+    directory = checkpoint.save_checkpoint(
         run.accelerator,
         run.config.output_dir,
         step,
@@ -282,8 +349,28 @@ def save_if_due(run: Run, step: int, unit: int = 1) -> None:
             "num_tokens": run.num_tokens,
             "reward_moments": dataclasses.asdict(run.reward_moments),
         },
-        keep=run.config.save_total_limit,
+        keep=keep,
     )
+    if signal_number:
+        raise _stopped(run, signal_number, step, directory)
+
+
+def _saving(run: Run) -> tuple[int, int | None]:
+    """(steps between checkpoints, how many stay): those asked for all, of the others two."""
+    every, keep = run.config.save_steps, run.config.save_total_limit
+    if every is None:
+        return math.ceil(run.total_steps / 10), 2 if keep is None else keep
+    return every, keep
+
+
+def _asked_to_stop(run: Run) -> int:
+    """The signal that has asked any of the processes to stop, 0 where none has."""
+    signals = torch.tensor([run.stop.signal], device=run.accelerator.device)
+    return int(run.accelerator.gather(signals).max())
+
+
+def _stopped(run: Run, number: int, step: int, directory: Path | None = None) -> TrainingStopped:
+    return TrainingStopped(signal.Signals(number).name, step, run.config.output_dir, directory)
 
 
 def finish_run(run: Run, log: Log) -> Result:

@@ -106,14 +106,16 @@ def train_dpo(
     )
     reference = load_wanted_reference(config)
     rows = config.pairs_per_process * accelerator.num_processes  # of an optimizer step
-    run = start_run(config, accelerator, model, tokenizer, total_steps(config, len(data), rows))
+    steps = total_steps(config, len(data), rows)
+    source = data if config.online else data.pairs
+    run = start_run(config, accelerator, model, tokenizer, steps, data=source)
     if config.padding_free:
         run.head = without_padding(run.head, run.policy)
     reference = as_reference(run, reference)
-    if config.precompute_ref_log_probs:
-        data, held_out = (_with_reference(run, each, reference) for each in (data, held_out))
-        reference = None
     with tracking(run, tracker, "DPO", DISPLAYED) as tracker:
+        if config.precompute_ref_log_probs:
+            data, held_out = (_with_reference(run, each, reference) for each in (data, held_out))
+            reference = None
         log, clock = Log(run, tracker), Clock()
         if held_out is not None and run.first_step == 0:
             log.write(0, _evaluate(run, held_out, judge, reference))

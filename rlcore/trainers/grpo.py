@@ -88,9 +88,8 @@ def train_grpo(
     reference = load_wanted_reference(config)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     updates = config.updates_per_batch  # optimizer steps that it serves
-    run = start_run(
-        config, accelerator, model, tokenizer, total_steps(config, len(rows), prompts / updates)
-    )
+    steps = total_steps(config, len(rows), prompts / updates)
+    run = start_run(config, accelerator, model, tokenizer, steps, data=rows)
     reference = as_reference(run, reference)
     with tracking(run, tracker, "GRPO", DISPLAYED) as tracker:
         log, clock, step = Log(run, tracker), Clock(), run.first_step

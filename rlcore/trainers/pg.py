@@ -97,7 +97,9 @@ def train_pg(
     reference = load_wanted_reference(config)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     steps = total_steps(config, len(rows), prompts)
-    run = start_run(config, accelerator, model, tokenizer, steps, critic and critic.prepare)
+    run = start_run(
+        config, accelerator, model, tokenizer, steps, critic and critic.prepare, data=rows
+    )
     reference = as_reference(run, reference)
     with tracking(run, tracker, "PG", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()

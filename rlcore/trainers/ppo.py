@@ -99,7 +99,7 @@ def train_ppo(
     accelerator.register_for_checkpointing(coefficients)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     steps = total_steps(config, len(rows), prompts)
-    run = start_run(config, accelerator, model, tokenizer, steps, critic.prepare)
+    run = start_run(config, accelerator, model, tokenizer, steps, critic.prepare, data=rows)
     reference = as_reference(run, reference)
     with tracking(run, tracker, "PPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()

@@ -86,7 +86,8 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
     model.config.pad_token_id = tokenizer.pad_token_id
     local_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     rows = local_rows * accelerator.num_processes
-    run = start_run(config, accelerator, model, tokenizer, total_steps(config, len(pairs), rows))
+    steps = total_steps(config, len(pairs), rows)
+    run = start_run(config, accelerator, model, tokenizer, steps, data=pairs)
     with tracking(run, tracker, "reward model", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         for step in range(run.first_step + 1, run.total_steps + 1):

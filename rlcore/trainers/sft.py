@@ -68,7 +68,8 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
     model = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing)
     local_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     rows = local_rows * accelerator.num_processes
-    run = start_run(config, accelerator, model, tokenizer, total_steps(config, len(examples), rows))
+    steps = total_steps(config, len(examples), rows)
+    run = start_run(config, accelerator, model, tokenizer, steps, data=examples)
     with tracking(run, tracker, "SFT", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         for step in range(run.first_step + 1, run.total_steps + 1):

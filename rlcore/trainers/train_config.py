@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rlcore.adapters import ALL_LINEAR, is_adapter, require_peft
 from rlcore.errors import UserError, unknown_name
-from rlcore.output_dir import check_output_dir
+from rlcore.output_dir import check_apart, check_output_dir
 from rlcore.ranges import (
     BelowOne,
     Count,
@@ -20,6 +20,7 @@ from rlcore.ranges import (
     check_ranges,
 )
 from rlcore.tracking import check_report_to
+from rlcore.trainers.resuming import check_same_options, inputs_of
 from rlcore.trainers.schedules import check_schedule
 
 FUSED_HEAD = ("on", "off")
@@ -33,7 +34,7 @@ class TrainConfig:
     model: str  # directory or hub name of the causal language model to start from
     dataset: str  # .jsonl, .json, .csv or .parquet file, or a dataset's hub name
     output_dir: str  # where the model, its checkpoints and metrics.jsonl go
-    overwrite_output_dir: bool = False  # replace an earlier run in output_dir
+    overwrite_output_dir: bool = False  # replace output_dir's earlier run once this has finished
     resume: bool = False  # go on from output_dir's last complete checkpoint
     seed: Seed = 0  # of data order, dropout and sampling
     eos_token: str | None = None  # the tokenizer's token to end text with; None: its own eos
@@ -70,8 +71,9 @@ class TrainConfig:
     # Logging and saving
 
     logging_steps: Count = 1  # optimizer steps between lines of metrics
-    save_steps: Natural = 0  # optimizer steps between checkpoints; 0: none
-    save_total_limit: Count | None = None  # how many checkpoints stay
+    save_steps: Natural | None = None  # steps between checkpoints; None: a tenth of all; 0: none
+    # how many checkpoints stay; None: all where save_steps is given, else 2, so that the disk lasts
+    save_total_limit: Count | None = None
     eval_dataset: str | None = None  # held-out rows, like dataset
     eval_steps: Natural = 0  # optimizer steps between evaluations; 0: at the end only
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
@@ -89,7 +91,10 @@ def check_train_config(config: TrainConfig) -> None:
         raise UserError("eval_steps is set, but there is no eval_dataset to evaluate on")
     check_schedule(config)
     _check_adapter(config)
+    check_apart(config.output_dir, inputs_of(config))
     check_output_dir(config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume)
+    if config.resume:
+        check_same_options(config)
 
 
 def _check_adapter(config: TrainConfig) -> None:

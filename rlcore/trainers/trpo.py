@@ -104,7 +104,7 @@ def train_trpo(
         if critic is not None:
             critic.prepare(run)
 
-    run = start_run(config, accelerator, model, tokenizer, steps, prepare)
+    run = start_run(config, accelerator, model, tokenizer, steps, prepare, data=rows)
     policy = _policy(run)
     with tracking(run, tracker, "TRPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()

@@ -1,0 +1,58 @@
+"""What runs have written into a directory, so that nothing else is ever taken for theirs.
+
+The record is a hidden file of JSON lines, appended to before the files that it names appear:
+
+    {"trainer": "SFTConfig", "inputs": {"dataset": "1f3c...", "model": "77ab..."}}   at a start
+    {"written": ["config.json", "model.safetensors"]}                                before a save
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+RECORD_FILE = ".rlcore-run"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What stands in a directory's record."""
+
+    trainer: str  # the class of the last start's options
+    inputs: Mapping[str, str]  # {option: fingerprint} of what the last start was given
+    written: frozenset[str]  # names of files and directories
+
+
+def read_record(directory: Path) -> Record | None:
+    """The record of `directory`; None where no run of ours has written there."""
+    try:
+        lines = (directory / RECORD_FILE).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    trainer, inputs, written = "", {}, set()
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut short by a crash
+            continue
+        trainer, inputs = entry.get("trainer", trainer), entry.get("inputs", inputs)
+        written.update(entry.get("written", ()))
+    return Record(trainer, inputs, frozenset(written))
+
+
+def note_start(directory: Path, trainer: str, inputs: Mapping[str, str]) -> None:
+    """Begin a record, or go on with one: a run of `trainer` starts on these `inputs`."""
+    _append(directory, {"trainer": trainer, "inputs": dict(inputs)})
+
+
+def note_written(directory: Path, names: Iterable[str]) -> None:
+    """Note that a run is about to write `names`; nothing where `directory` has no record."""
+    if (directory / RECORD_FILE).is_file():
+        _append(directory, {"written": sorted(names)})
+
+
+def _append(directory: Path, entry: dict[str, object]) -> None:
+    with (directory / RECORD_FILE).open("a", encoding="utf-8") as record:
+        record.write(json.dumps(entry) + "\n")
