@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlcore.errors import UserError
+from rlcore.errors import UserError, reason_of
 
 # peft's word for every linear layer but the output head
 ALL_LINEAR = "all-linear"
@@ -34,6 +35,53 @@ def require_peft() -> None:
 def is_adapter(name_or_path: str | Path) -> bool:
     """Whether an adapter, and not a whole model, lies in that directory."""
     return (Path(name_or_path) / ADAPTER_CONFIG).is_file()
+
+
+def base_of_adapter(name_or_path: str) -> str | None:
+    """The model that an adapter was trained on; None where no adapter is there.
+
+    A relative path is looked for from the adapter's own directory upwards, and then from the
+    working directory.
+    """
+    directory = Path(name_or_path)
+    if directory.is_dir():
+        config = directory / ADAPTER_CONFIG
+    else:
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        try:
+            config = find_adapter_config_file(name_or_path)
+        except Exception:  # of no such name; loading it says so
+            config = None
+    if config is None or not Path(config).is_file():
+        return None
+    base = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if directory.is_dir() and not Path(base).is_absolute():
+        above = (parent / base for parent in directory.resolve().parents)
+        base = next((str(path) for path in above if (path / "config.json").is_file()), base)
+    return base
+
+
+def load_adapter(model: Any, name_or_path: str) -> dict[str, Any]:
+    """Put a saved adapter into the model; returns transformers' loading info.
+
+    Raises:
+        UserError: peft is not installed, or the adapter's files do not fit the model.
+    """
+    require_peft()
+    try:
+        info = model.load_adapter(name_or_path)
+    except Exception as error:
+        reason = reason_of(error)
+        raise UserError(f"cannot load the adapter in {name_or_path!r}: {reason}") from error
+    return info.to_dict()
+
+
+def is_brought(model: Any, name: str) -> bool:
+    """Whether the adapter in the model has a weight of its own for the base's `name`."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), ModulesToSaveWrapper)
 
 
 def add_lora(
@@ -74,8 +122,12 @@ def add_lora(
             torch.manual_seed(seed)
             model.add_adapter(config)
     except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"lora_target_modules {' '.join(names)}: {reason}") from error
+        raise UserError(f"lora_target_modules {' '.join(names)}: {reason_of(error)}") from error
+    base = Path(getattr(model, "name_or_path", ""))
+    if base.is_dir():
+        # a relative path would mean something else to whoever loads the adapter elsewhere
+        for written in model.peft_config.values():
+            written.base_model_name_or_path = str(base.resolve())
 
 
 def has_adapter(model: Any) -> bool:
@@ -102,10 +154,17 @@ def adapter_off(model: torch.nn.Module) -> Iterator[None]:
 
 def merge_adapter(model: Any) -> Any:
     """Add the adapter into the weights it stands beside; the model is then a plain one."""
-    for name, module in list(model.named_modules()):
-        if _is_adapter_layer(module):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {name: module for name, module in model.named_modules() if _is_adapter_layer(module)}
+    # a layer of experts is wrapped once for each of its weights: all go in, then the outermost off
+    for layer in layers.values():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    for name, layer in layers.items():
+        if not any(name.startswith(f"{other}.") for other in layers):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _merged(module))
+            setattr(model.get_submodule(parent), leaf, _without_wrapper(layer))
     model._hf_peft_config_loaded = False
     del model.peft_config
     # transformers noted how the adapter's file names its weights, and would save the model's so
@@ -113,12 +172,11 @@ def merge_adapter(model: Any) -> Any:
     return model.requires_grad_(True)
 
 
-def _merged(layer: Any) -> torch.nn.Module:
+def _without_wrapper(layer: Any) -> torch.nn.Module:
     from peft.utils import ModulesToSaveWrapper
 
     if isinstance(layer, ModulesToSaveWrapper):
         return layer.modules_to_save[layer.active_adapters[0]]
-    layer.merge()
     return layer.get_base_layer()
 
 

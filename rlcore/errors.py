@@ -55,6 +55,11 @@ class TrainingStopped(KeyboardInterrupt):
         super().__init__(f"stopped by {signal_name} after step {step}; {where}")
 
 
+def reason_of(error: BaseException) -> str:
+    """All that an error of another library says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None where none is like it."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

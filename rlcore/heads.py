@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 
 import rlcore as rl
 from rlcore.errors import UserError
+from rlcore.forward import completion_logits, completion_outputs, unwrapped
 from rlcore.kernels.preference_answers import composed_preference_loss
-from rlcore.models import completion_logits, completion_outputs, unwrapped
 from rlcore.packing import pack, packed_outputs
 
 

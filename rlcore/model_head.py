@@ -13,8 +13,8 @@ import torch
 
 import rlcore as rl
 from rlcore.errors import UserError
+from rlcore.forward import unwrapped
 from rlcore.heads import FusedHead, choose_head
-from rlcore.models import unwrapped
 
 IGNORED = -100  # transformers' label for a token that does not count
 

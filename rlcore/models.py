@@ -1,21 +1,19 @@
-"""Causal language models and their tokenizers, and the one forward pass that the trainers need.
-
-Logits come for the completion only: position t of a sequence predicts its token t + 1, so a
-completion of C tokens takes the C positions that start at the prompt's last token.
-"""
+"""Models and tokenizers, loaded whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlcore.adapters import has_adapter, merge_adapter
-from rlcore.errors import UserError
+from rlcore.adapters import NEW_HEAD, base_of_adapter, is_brought, load_adapter, merge_adapter
+from rlcore.errors import UserError, reason_of
+from rlcore.forward import check_reading
 
 
 def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
@@ -45,6 +43,20 @@ def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
     return tokenizer
 
 
+def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> None:
+    """Raise UserError where the model that `option` names reads other tokens than the policy.
+
+    Args:
+        tokenizer: the policy's.
+    """
+    own = load_tokenizer(name_or_path)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{option} {name_or_path!r} has another tokenizer than the policy ({len(own)} tokens, "
+            f"not {len(tokenizer)}), whose tokens it is to read: choose one of the policy's family"
+        )
+
+
 def load_policy(
     name_or_path: str,
     dtype: torch.dtype | str = torch.float32,
@@ -56,11 +68,24 @@ def load_policy(
     An adapter's directory gives the model it was trained on, with the adapter merged into it.
 
     Raises:
-        UserError: nothing loadable there.
+        UserError: nothing loadable there, weights that the checkpoint lacks, a reward model, or a
+            model whose outputs depend on later tokens or on padding.
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load_model(AutoModelForCausalLM, name_or_path, dtype=dtype)
+    model, loaded = _load_model(AutoModelForCausalLM, name_or_path, dtype=dtype)
+    if any(_is_new_head(name) for name in loaded.unused):
+        raise UserError(
+            f"{name_or_path!r} is a reward or value model (it has a {NEW_HEAD} layer), not a "
+            "language model: choose the one that it was trained from"
+        )
+    _check_whole(model, name_or_path, loaded.missing)
+    if loaded.unused:
+        logging.getLogger(__name__).warning(
+            "%s holds %d weights that a %s does not use, %s first",
+            name_or_path, len(loaded.unused), type(model).__name__, min(loaded.unused),
+        )  # fmt: skip
+    check_reading(model, name_or_path)
     return _to_train(model, gradient_checkpointing, dropout)
 
 
@@ -69,24 +94,85 @@ def load_classifier(
     dtype: torch.dtype | str = torch.float32,
     gradient_checkpointing: bool = False,
     dropout: bool = True,
+    new_head: str | None = None,
 ) -> Any:
     """A model that gives a sequence one score, to train; otherwise like `load_policy`.
 
-    From a causal language model's directory the score's layer comes out random.
+    Args:
+        new_head: what the score's layer is where there is none yet, as in a causal language
+            model's directory: "random", "zero", or None, which refuses that.
 
     Raises:
-        UserError: nothing loadable there.
+        UserError: nothing loadable there, weights that the checkpoint lacks, or no linear layer
+            that gives one score.
     """
     from transformers import AutoModelForSequenceClassification
 
-    model = _load_model(AutoModelForSequenceClassification, name_or_path, dtype=dtype, num_labels=1)
+    model, loaded = _load_model(
+        AutoModelForSequenceClassification, name_or_path, dtype=dtype, num_labels=1
+    )
+    head = getattr(model, NEW_HEAD, None)
+    if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
+        raise UserError(
+            f"{name_or_path!r} is a {type(model).__name__}, which gives no single score: choose a "
+            "sequence classifier with one label, as `rlcore train reward_model` makes"
+        )
+    missing = loaded.missing
+    if new_head is not None:
+        missing = {name: why for name, why in missing.items() if not _is_new_head(name) or why}
+    _check_whole(model, name_or_path, missing)
+    if new_head == "zero" and len(missing) < len(loaded.missing):
+        torch.nn.init.zeros_(head.weight)
     return _to_train(model, gradient_checkpointing, dropout)
 
 
-def _load_model(auto_class: Any, name_or_path: str, **options: Any) -> Any:
+@dataclass(frozen=True)
+class _Loaded:
+    """How a checkpoint's weights and a model's fit each other."""
+
+    missing: dict[str, str]  # drawn at random; why, where the checkpoint has one that does not fit
+    unused: set[str]  # in the checkpoint alone
+
+
+def _load_model(auto_class: Any, name_or_path: str, **options: Any) -> tuple[Any, _Loaded]:
     """The model; of an adapter's directory the model it was trained on, with it merged in."""
-    model = _load(auto_class, "model", name_or_path, **options)
-    return merge_adapter(model) if has_adapter(model) else model
+    base = base_of_adapter(name_or_path)
+    with _without_load_report():
+        model, info = _load(
+            auto_class, "model", base or name_or_path,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+        loaded = _fit(info)
+        if base is None:
+            return model, loaded
+        of_adapter = _fit(load_adapter(model, name_or_path))
+    missing = {name: why for name, why in loaded.missing.items() if not is_brought(model, name)}
+    return merge_adapter(model), _Loaded(missing | of_adapter.missing, of_adapter.unused)
+
+
+def _fit(info: dict[str, Any]) -> _Loaded:
+    """transformers' loading info in our words."""
+    shapes = {
+        name: f"{tuple(theirs)}, not {tuple(ours)}"
+        for name, theirs, ours in info["mismatched_keys"]
+    }
+    return _Loaded(dict.fromkeys(info["missing_keys"], "") | shapes, set(info["unexpected_keys"]))
+
+
+def _is_new_head(name: str) -> bool:
+    return name.split(".")[0] == NEW_HEAD
+
+
+def _check_whole(model: Any, name_or_path: str, missing: dict[str, str]) -> None:
+    """Raise UserError where weights would be those that were drawn just now."""
+    if not missing:
+        return
+    names = [f"{name} ({why})" if why else name for name, why in sorted(missing.items())]
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise UserError(
+        f"{name_or_path!r} does not hold all weights of a {type(model).__name__}: it lacks "
+        f"{', '.join(names[:3])}{rest}, which would be random; choose a checkpoint that has them"
+    )
 
 
 def _to_train(model: Any, gradient_checkpointing: bool, dropout: bool) -> Any:
@@ -116,25 +202,38 @@ def _load(auto_class: Any, what: str, name_or_path: str, **options: Any) -> Any:
         raise UserError(f"no {what} at {name_or_path!r}: there is no such directory")
     try:
         with no_progress_bars():
-            return auto_class.from_pretrained(name_or_path, **options)
+            return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
     except Exception as error:
         # Everything from a missing file to a broken header: transformers knows many error types.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot load a {what} from {name_or_path!r}: {reason[0]}") from error
+        reason = reason_of(error)
+        raise UserError(f"cannot load a {what} from {name_or_path!r}: {reason}") from error
 
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
     """transformers without its bars, which would tear a run's own display."""
-    from transformers.utils import logging
+    from transformers.utils import logging as hf_logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers without its table of weights that are missing or left over, seen to here."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -145,73 +244,3 @@ def disable_dropout(model: torch.nn.Module) -> None:
         # Llama-type attention keeps its rate as a plain attribute.
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-
-
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that count attended tokens only, (B, T) -> (B, T) int64; padding sits at 0."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def unwrapped(model: Any) -> Any:
-    """The model without what DDP, torch.compile and peft have put around it."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "module"):
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
-def forward_options(model: torch.nn.Module) -> set[str]:
-    """The names that the model's forward takes, whatever it is wrapped in."""
-    # The class has the signature; the instance's forward may be wrapped for mixed precision.
-    return set(inspect.signature(type(unwrapped(model)).forward).parameters)
-
-
-def completion_logits(
-    model: torch.nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    completion_length: int,
-) -> torch.Tensor:
-    """The logits that predict the last `completion_length` tokens of each row.
-
-    Args:
-        input_ids: (B, T) int64, prompt then completion.
-        attention_mask: (B, T), 1 where there is a token; prompts are padded on the left.
-        completion_length: C, with 1 <= C < T.
-
-    Returns:
-        (B, C, V), contiguous where the model takes `logits_to_keep`; entry [:, t] predicts
-        `input_ids[:, T - C + t]`. The last token's own logits are never computed.
-
-    Raises:
-        ValueError: C is not in [1, T).
-    """
-    outputs = completion_outputs(model, input_ids, attention_mask, completion_length)
-    return outputs.logits[:, -completion_length:]
-
-
-def completion_outputs(
-    model: torch.nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    completion_length: int,
-) -> Any:
-    """The model's outputs for `completion_logits`, as transformers gives them."""
-    if not 1 <= completion_length < input_ids.shape[1]:
-        raise ValueError(
-            f"completion_length {completion_length} must be at least 1 and below the length of "
-            f"input_ids {tuple(input_ids.shape)}: the first token has nothing to predict it"
-        )
-    mask = attention_mask[:, :-1]
-    options = forward_options(model)
-    arguments: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
-    if "position_ids" in options:
-        arguments["position_ids"] = position_ids(mask)
-    if "logits_to_keep" in options:
-        arguments["logits_to_keep"] = completion_length
-    return model(input_ids[:, :-1], **arguments)

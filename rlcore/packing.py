@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlcore.models import forward_options, position_ids
+from rlcore.forward import forward_options, position_ids
 
 
 @dataclass(frozen=True)

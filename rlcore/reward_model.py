@@ -10,19 +10,10 @@ import torch
 from rlcore.adapters import NEW_HEAD
 from rlcore.encoding import Example, collate, encode_completions, encode_prompts, up_to_end
 from rlcore.errors import UserError
-from rlcore.models import forward_options, load_classifier, load_tokenizer, position_ids
+from rlcore.forward import forward_options, position_ids
+from rlcore.models import check_tokenizer, load_classifier
 
 BATCH = 64
-
-
-def check_scores(classifier: Any, name: str) -> None:
-    """Raise UserError where the model has no layer that gives one score."""
-    head = getattr(classifier, NEW_HEAD, None)
-    if head is None or getattr(head, "out_features", 1) != 1:
-        raise UserError(
-            f"{name!r} is a {type(classifier).__name__}, which gives no single score: choose a "
-            "sequence classifier with one label, as `rlcore train reward_model` makes"
-        )
 
 
 def sequence_scores(
@@ -74,15 +65,10 @@ class RewardModel:
         Raises:
             UserError: nothing loadable there, a model without a score, another tokenizer.
         """
-        own = load_tokenizer(self.path)
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"reward_model {self.path!r} has another tokenizer than the policy ("
-                f"{len(own)} tokens, not {len(tokenizer)}), whose tokens it is to judge: train "
-                "one from the policy's family"
-            )
+        check_tokenizer("reward_model", self.path, tokenizer)
         model = load_classifier(self.path, dropout=False)
-        check_scores(model, self.path)
+        # transformers looks for padding by it, and refuses a batch without
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False).to(device)
 

@@ -7,8 +7,7 @@ once they are half of it. The same seed gives the same completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from rlcore.chat import goes_on, prompt_text
 from rlcore.encoding import encode_prompts, pad
 from rlcore.ends import end_tokens
 from rlcore.errors import UserError
-from rlcore.models import forward_options, position_ids
+from rlcore.forward import evaluating, forward_options, position_ids
 from rlcore.tokens import begins_anew, mid_text
 
 
@@ -186,17 +185,6 @@ def _texts(
             clean_up_tokenization_spaces=False,
         )
     return texts
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for a while: no dropout, no gradient checkpointing."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ import rlcore as rl
 from rlcore import survey_report
 from rlcore.atomic import staged
 from rlcore.checkpoint import checkpoints, last_checkpoint
-from rlcore.models import completion_logits, load_reference, load_tokenizer
+from rlcore.forward import completion_logits
+from rlcore.models import load_reference, load_tokenizer
 from rlcore.output_dir import METRICS_FILE
 from rlcore.report import require_matplotlib
 from rlcore.rollout import generate

@@ -10,34 +10,22 @@ directory serves as the start and the result is one that transformers loads), or
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from rlcore.adapters import ADAPTER_CONFIG, NEW_HEAD, is_adapter
-from rlcore.errors import UserError
-from rlcore.models import forward_options, load_classifier, load_tokenizer, position_ids
+from rlcore.adapters import NEW_HEAD
+from rlcore.forward import forward_options, position_ids
+from rlcore.models import check_tokenizer, load_classifier
 
 
 class ValueModel(torch.nn.Module):
-    """A sequence classifier's backbone and score layer, asked after every token.
-
-    Raises:
-        UserError: the classifier's head is not one linear score of a token's hidden state.
-    """
+    """The backbone and the score layer of what `load_classifier` gives, asked after every token."""
 
     def __init__(self, classifier: Any):
         super().__init__()
-        head = getattr(classifier, NEW_HEAD, None)
-        if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
-            raise UserError(
-                f"{type(classifier).__name__} gives no single score a token, so it cannot be a "
-                "value model: choose one with a linear `score` layer of one output"
-            )
         self.classifier = classifier
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -96,38 +84,11 @@ def load_value_model(
     Raises:
         UserError: nothing usable there, or a model that reads other tokens.
     """
-    if load_tokenizer(name_or_path).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"value_model {name_or_path!r} has another tokenizer than the policy, whose tokens it "
-            "is to read: choose one of the policy's family"
-        )
-    with _without_load_report():
-        classifier = load_classifier(
-            name_or_path, gradient_checkpointing=gradient_checkpointing, dropout=False
-        )
-    model = ValueModel(classifier)
-    if not _has_trained_head(name_or_path, classifier):
-        torch.nn.init.zeros_(getattr(classifier, NEW_HEAD).weight)
-    return model
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """transformers without its word that the head is new, which is seen to here."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _has_trained_head(name_or_path: str, classifier: Any) -> bool:
-    """Whether the score layer came from the directory and was not drawn just now."""
-    if is_adapter(name_or_path):
-        adapter = json.loads((Path(name_or_path) / ADAPTER_CONFIG).read_text())
-        return NEW_HEAD in (adapter.get("modules_to_save") or [])
-    architectures = classifier.config.architectures or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
+    check_tokenizer("value_model", name_or_path, tokenizer)
+    classifier = load_classifier(
+        name_or_path,
+        gradient_checkpointing=gradient_checkpointing,
+        dropout=False,
+        new_head="zero",
+    )
+    return ValueModel(classifier)

@@ -54,7 +54,7 @@ def test_switched_off_and_merged_an_adapter_leaves_the_base_and_the_adapted_mode
 
 def test_a_classifiers_adapter_brings_its_head_along_and_merges(tmp_path):
     base = save_tiny(tmp_path / "model", "llama")
-    model = load_classifier(base)
+    model = load_classifier(base, new_head="random")
     add_lora(model, r=4, alpha=8)
     adapted = logits(moved(model))
     model.save_pretrained(tmp_path / "adapter")

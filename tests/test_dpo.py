@@ -11,7 +11,8 @@ from helpers.tiny import save_tiny
 
 import rlcore as rl
 from rlcore.errors import UserError
-from rlcore.models import completion_logits, load_policy, load_tokenizer
+from rlcore.forward import completion_logits
+from rlcore.models import load_policy, load_tokenizer
 from rlcore.pairs import collate_pairs, load_pairs
 from rlcore.tracking import read_metrics
 from rlcore.trainers.dpo import DPOConfig, train_dpo

@@ -6,16 +6,11 @@ import pytest
 import torch
 from helpers.tiny import PROMPTS, save_tiny, tiny_model, tiny_tokenizer
 
-from rlcore import models
+from rlcore import forward
 from rlcore.encoding import Example, collate
 from rlcore.errors import UserError
-from rlcore.models import (
-    completion_logits,
-    load_policy,
-    load_reference,
-    load_tokenizer,
-    position_ids,
-)
+from rlcore.forward import completion_logits, position_ids
+from rlcore.models import load_policy, load_reference, load_tokenizer
 
 KINDS = ["gpt2", "llama", "qwen2", "gemma2", "gemma3"]
 
@@ -57,7 +52,7 @@ def test_padding_does_not_change_a_completions_logits(kind):
 
 @torch.no_grad()
 def test_without_position_ids_padding_would_change_them(monkeypatch):
-    monkeypatch.setattr(models, "position_ids", lambda mask: torch.arange(mask.shape[1])[None])
+    monkeypatch.setattr(forward, "position_ids", lambda mask: torch.arange(mask.shape[1])[None])
     assert worst_difference(tiny_model("gpt2")) > 0.1
 
 

@@ -51,7 +51,7 @@ def make_config(directory, pairs, kind="qwen2", **changes):
         base = save_tiny(directory / f"{kind}-lm", kind)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            classifier = load_classifier(base)
+            classifier = load_classifier(base, new_head="random")
         classifier.config.pad_token_id = tiny_tokenizer().pad_token_id
         classifier.save_pretrained(model)
         tiny_tokenizer().save_pretrained(model)

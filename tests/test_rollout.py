@@ -8,7 +8,7 @@ from helpers.tiny import PROMPTS, tiny_model, tiny_tokenizer
 
 from rlcore import rollout
 from rlcore.errors import UserError
-from rlcore.models import completion_logits
+from rlcore.forward import completion_logits
 from rlcore.rollout import generate
 
 KINDS = ["gpt2", "llama", "qwen2", "gemma2", "gemma3"]

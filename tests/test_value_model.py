@@ -138,5 +138,5 @@ def test_a_model_without_a_usable_head_is_refused(tmp_path):
     )  # fmt: skip
     BertModel(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="BertForSequenceClassification gives no single score"):
+    with pytest.raises(UserError, match="BertForSequenceClassification, which gives no"):
         load_value_model(str(tmp_path), tiny_tokenizer())

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import rlcore as rl
+from rlcore.forward import unwrapped
 from rlcore.heads import FusedHead, choose_head, joined, stopped_at
-from rlcore.models import unwrapped
 
 from .logp_loss import policy_loss_from_logp
 from .patching import Patch

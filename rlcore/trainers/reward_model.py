@@ -23,7 +23,7 @@ from rlcore.errors import UserError
 from rlcore.models import load_classifier, load_tokenizer
 from rlcore.pairs import Pair, collate_pairs, load_pairs, margins
 from rlcore.ranges import Count, Length, NotNegative, Positive
-from rlcore.reward_model import check_scores, sequence_scores
+from rlcore.reward_model import sequence_scores
 from rlcore.rollout import evaluating
 from rlcore.trainers.common import (
     Result,
@@ -80,10 +80,12 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
     if config.eval_dataset is not None:
         held_out = load_ended_pairs(tokenizer, config.eval_dataset, config.max_length)
     model = load_classifier(
-        config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
+        config.model,
+        gradient_checkpointing=config.gradient_checkpointing,
+        dropout=False,
+        new_head="random",
     )
-    check_scores(model, config.model)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     local_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     rows = local_rows * accelerator.num_processes
     steps = total_steps(config, len(pairs), rows)

@@ -21,7 +21,8 @@ import rlcore as rl
 from rlcore import checkpoint
 from rlcore.data import load_rows
 from rlcore.errors import TrainingDiverged, UserError
-from rlcore.models import completion_logits, load_policy, load_tokenizer
+from rlcore.forward import completion_logits
+from rlcore.models import load_policy, load_tokenizer
 from rlcore.natural_gradient import (
     Fisher,
     Policy,

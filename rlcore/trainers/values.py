@@ -13,7 +13,8 @@ import torch
 
 import rlcore as rl
 from rlcore.checkpoint import save_model
-from rlcore.models import completion_outputs, no_progress_bars
+from rlcore.forward import completion_outputs
+from rlcore.models import no_progress_bars
 from rlcore.rollout import evaluating
 from rlcore.trainers.common import Run, make_optimizer, optimizer_step, set_learning_rate
 from rlcore.trainers.experience import Experience

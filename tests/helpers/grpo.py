@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlcore.models import position_ids
+from rlcore.forward import position_ids
 from rlcore.trainers.common import Run, make_accelerator, make_optimizer
 from rlcore.trainers.experience import Experience
 from rlcore.trainers.grpo_config import LOSS_TYPES, GRPOConfig
