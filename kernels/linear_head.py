@@ -140,6 +140,11 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """`policy_loss` of a head's logits, from its input, without the logits.
 
+        rl.linear_policy_loss(hidden[:, :-1], weight, input_ids[:, 1:], advantage, mask=mask[:, 1:])
+
+    Row t of hidden is what `target[t]` is predicted from, so with a causal model the target is one
+    token ahead, as above: unshifted tensors fit as well, and give the loss of other tokens.
+
     The head's arguments are those of `linear_token_logprob`, all others those of `policy_loss`.
     The gradients of hidden, weight and bias are made in the same pass over the chunks (6 N H V
     operations, nothing recomputed; in bfloat16 and float16 up to 8 for the tokens beyond the

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from rlcore.errors import UserError, reason_of
+from rlcore.errors import reason_of
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -21,17 +22,26 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def wrappers(model: Any) -> Iterator[Any]:
+    """The model, then what DDP, torch.compile and peft have put themselves around, inwards."""
+    yield model
+    if hasattr(model, "_orig_mod"):
+        yield from wrappers(model._orig_mod)
+    elif hasattr(model, "module"):
+        yield from wrappers(model.module)
+    elif hasattr(model, "get_base_model"):
+        yield from wrappers(model.get_base_model())
+
+
 def unwrapped(model: Any) -> Any:
     """The model without what DDP, torch.compile and peft have put around it."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "module"):
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
+    *_, plain = wrappers(model)
+    return plain
+
+
+def sharded(model: Any) -> Any | None:
+    """The outermost part of the model that FSDP2 has sharded, which alone can be called."""
+    return next((each for each in wrappers(model) if isinstance(each, FSDPModule)), None)
 
 
 def forward_options(model: torch.nn.Module) -> set[str]:
@@ -101,46 +111,49 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def check_reading(model: Any, name: str) -> None:
-    """Raise UserError where a token's logits depend on later tokens, or on padding.
+@torch.no_grad()
+def reading_fault(model: Any, *, in_batches: bool = True) -> str | None:
+    """Why the model is none to train from left to right, or in padded batches; None where it is.
 
-    Two rows, one of them padded on the left, must give what the padded one gives alone with other
-    tokens at its end.
+    A row that is padded on the left must give what it gives alone with other tokens at its end.
     """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(_vocabulary(model), (2, 9), generator=generator).to(model.device)
-    attention_mask = torch.ones_like(ids)
-    attention_mask[0, :2] = 0
+    kind = type(unwrapped(model)).__name__
+    ids, attention_mask = probe_rows(model)
     alone = ids[:1, 2:-1]
     changed = alone.clone()
     changed[0, 4:] = ids[1, :2]
     try:
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             padded = completion_logits(model, ids, attention_mask, 6)[:1, :4]
             whole, other = (model(row, use_cache=False).logits[:, :4] for row in (alone, changed))
     except Exception as error:
-        kind = type(model).__name__
-        raise UserError(f"{name!r}: a {kind} cannot read plain rows: {reason_of(error)}") from error
+        return f"a {kind} cannot read plain rows of tokens: {reason_of(error)}"
     if not same_logits(whole, other):
-        raise UserError(
-            f"{name!r} is not causal: a {type(model).__name__} changes the logits of its tokens "
-            "with later tokens; choose a model that reads from left to right"
+        return (
+            f"it is not causal, as later tokens change the logits of a {kind}: choose a model that "
+            "reads from left to right"
         )
-    if not same_logits(whole, padded):
-        raise UserError(
-            f"{name!r} cannot be trained in batches: padding on the left changes the logits of a "
-            f"{type(model).__name__}; choose another architecture"
+    if in_batches and not same_logits(whole, padded):
+        return (
+            f"padding on the left changes the logits of a {kind}, so it cannot be trained in "
+            "batches: choose another architecture"
         )
+    return None
 
 
-def _vocabulary(model: Any) -> int:
-    """How many tokens the model both reads and predicts."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(len(layer.weight) for layer in layers if layer is not None)
+def probe_rows(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) (2, 9) on the model's device: a row padded left, one right."""
+    layers = (unwrapped(model).get_input_embeddings(), unwrapped(model).get_output_embeddings())
+    weights = [layer.weight for layer in layers if layer is not None]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(map(len, weights)), (2, 9), generator=generator).to(weights[0].device)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, :2] = attention_mask[1, -1] = 0
+    return ids, attention_mask
 
 
 def same_logits(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two computations of the same logits differ by no more than rounding."""
-    # half precision is rounded at each layer; another token or a forgotten step is far from that
-    tolerance = 1e-3 if first.dtype == torch.float32 else 0.02
+    # half precision is rounded at each layer; what another token does is far from that
+    tolerance = 0.02 if first.dtype.itemsize == 2 else 1e-3
     return bool((first - second).abs().max() <= tolerance * second.abs().max())

@@ -17,9 +17,20 @@ from torch.distributed.fsdp import FSDPModule
 
 import rlcore as rl
 from rlcore.errors import UserError
-from rlcore.forward import completion_logits, completion_outputs, unwrapped
+from rlcore.forward import (
+    completion_logits,
+    completion_outputs,
+    evaluating,
+    probe_rows,
+    sharded,
+    unwrapped,
+)
 from rlcore.kernels.preference_answers import composed_preference_loss
 from rlcore.packing import pack, packed_outputs
+
+# the names that configurations have for a cap on the logits
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+LOUD = 300.0  # ten times the cap that is usual
 
 
 class Completions(Protocol):
@@ -167,20 +178,21 @@ def stopped_at(layer: torch.nn.Linear) -> Iterator[list[torch.Tensor]]:
 
 def joined(hidden: torch.Tensor, logits: torch.Tensor, model: Any) -> torch.Tensor:
     """What the head was given, (..., H), as a part of what the model gave, (..., 1)."""
-    if not isinstance(unwrapped(model), FSDPModule):
+    if sharded(model) is None:
         return hidden
     # FSDP2 reduces the root's gradients when one has come in through the model's own outputs
     return hidden + (0 * logits).to(hidden.dtype)
 
 
-def choose_head(policy: Any, fused: bool) -> tuple[Head, str | None]:
-    """The head to train an unwrapped `policy` through, and why it is not the fused one.
+def choose_head(model: Any, fused: bool) -> tuple[Head, str | None]:
+    """The head to train a model through, and why it is not the fused one.
 
-    A fused head is taken only after it gave the policy's own log-probabilities for a few tokens:
+    A fused head is taken only after it gave the model's own log-probabilities for a few tokens:
     an architecture may do more to its logits than what is known here.
     """
     if not fused:
         return LogitsHead(), None
+    policy = unwrapped(model)
     layer = policy.get_output_embeddings()
     if layer is None:  # a classifier
         return LogitsHead(), None
@@ -188,7 +200,7 @@ def choose_head(policy: Any, fused: bool) -> tuple[Head, str | None]:
     if not _is_plain_linear(layer):
         return LogitsHead(), f"its head is a {type(layer).__name__}, not a plain linear layer"
     head = FusedHead(layer, *_logit_options(policy))
-    if not _agree(head, LogitsHead(), policy):
+    if not _is_exact(head, sharded(model) or policy):
         return LogitsHead(), f"{type(policy).__name__} does more to its logits than is known here"
     return head, None
 
@@ -202,7 +214,7 @@ def _is_plain_linear(layer: torch.nn.Module) -> bool:
 def _logit_options(policy: Any) -> tuple[float | None, float]:
     """(softcap, logit_scale) of Gemma-, Cohere- and Granite-type models; (None, 1.0) elsewhere."""
     config = policy.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = next((getattr(config, name) for name in SOFTCAPS if hasattr(config, name)), None)
     scale = getattr(config, "logit_scale", None) or 1.0
     return softcap, float(scale / (getattr(config, "logits_scaling", None) or 1.0))
 
@@ -213,8 +225,12 @@ def without_padding(head: Head, policy: Any) -> Head:
     Raises:
         UserError: the unwrapped `policy` lets sequences in one row see each other.
     """
-    packed = replace(head, padding_free=True)
-    if not _agree(packed, head, policy):
+    packed, batch = replace(head, padding_free=True), _probe(policy)
+    with torch.no_grad(), evaluating(policy):
+        logp, expected = (
+            each.token_logprob(policy, batch, entropy=False).logp for each in (packed, head)
+        )
+    if not _same(logp, expected, policy):
         raise UserError(
             f"padding_free: {type(policy).__name__} lets the sequences of one row see each other, "
             "so leave padding_free off"
@@ -223,21 +239,40 @@ def without_padding(head: Head, policy: Any) -> Head:
 
 
 @torch.no_grad()
-def _agree(head: Head, other: Head, policy: Any) -> bool:
-    """Whether both heads give the same log-probabilities of a few tokens in two rows."""
-    weight = policy.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(weight), (2, 7), generator=generator).to(weight.device)
-    attention_mask = torch.ones_like(ids)
-    attention_mask[0, 0] = attention_mask[1, -1] = 0
-    target, mask = ids[:, 2:], attention_mask[:, 2:].bool()
-    batch = _Probe(ids, attention_mask, target, mask)
-    was_training = policy.training
-    policy.eval()
-    first, second = (
-        each.token_logprob(policy, batch, entropy=False).logp for each in (head, other)
-    )
-    policy.train(was_training)
-    # logits in half precision are rounded, a forgotten scale or cap is far from that
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.02
-    return bool((first - second).abs().max() <= tolerance * (1 + second.abs().max()))
+def _is_exact(head: FusedHead, model: Any) -> bool:
+    """Whether the head gives the log-probabilities of the model's own logits, large ones too."""
+    batch, plain = _probe(model), LogitsHead()
+
+    def agrees(logits: torch.Tensor) -> bool:
+        want = rl.token_logprob(logits, batch.target, mask=batch.mask, entropy=False).logp
+        return _same(head.token_logprob(model, batch, entropy=False).logp, want, model)
+
+    with evaluating(model):
+        logits = plain._logits(model, batch)
+        if not agrees(logits):
+            return False
+        # a cap shows where logits are beyond it, which a model with small weights never comes to
+        with _louder(head.layer, LOUD / logits.abs().max().clamp(min=LOUD * 1e-4).item()):
+            return agrees(plain._logits(model, batch))
+
+
+@contextlib.contextmanager
+def _louder(layer: torch.nn.Linear, factor: float) -> Iterator[None]:
+    """The layer fed with its input times `factor`, for a while."""
+    hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor,))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _probe(model: Any) -> _Probe:
+    ids, attention_mask = probe_rows(model)
+    return _Probe(ids, attention_mask, ids[:, 3:], attention_mask[:, 3:].bool())
+
+
+def _same(logp: torch.Tensor, expected: torch.Tensor, model: Any) -> bool:
+    """Whether both are the same but for rounding, which half precision does to logits as well."""
+    half = unwrapped(model).get_input_embeddings().weight.dtype.itemsize == 2
+    tolerance = (0.02 if half else 1e-3) * (1 + expected.abs().max())
+    return bool((logp - expected).abs().max() <= tolerance)

@@ -13,7 +13,7 @@ import torch
 
 import rlcore as rl
 from rlcore.errors import UserError
-from rlcore.forward import unwrapped
+from rlcore.forward import reading_fault, sharded, unwrapped
 from rlcore.heads import FusedHead, choose_head
 
 IGNORED = -100  # transformers' label for a token that does not count
@@ -36,7 +36,8 @@ class ModelHead:
     All take input_ids (B, T) int64, attention_mask (B, T), where None stands for ones, and labels
     (B, T) int64, where -100 marks what does not count and None stands for every attended token.
     Per-token results are (B, T-1) float32: entry [:, t] is about labels[:, t + 1], and 0 where
-    that is -100. Rows may be padded on either side: positions count attended tokens.
+    that is -100 or where token t is padding, as a row's first token has nothing to predict it.
+    Rows may be padded on either side: positions count attended tokens.
     """
 
     model: Any
@@ -116,13 +117,16 @@ def fused_head(model: Any) -> ModelHead:
         model: an AutoModelForCausalLM, plain or with DDP, FSDP2, torch.compile or peft around it.
 
     Raises:
-        UserError: the head is no plain linear layer, as with a LoRA adapter on it, or the model
-            does more to its logits than the fused losses know.
+        UserError: the head is no plain linear layer, as with a LoRA adapter on it, the model does
+            more to its logits than the fused losses know, or it is not causal.
     """
-    core = unwrapped(model)
-    head, reason = choose_head(core, fused=True)
-    if not isinstance(head, FusedHead):
-        raise UserError(f"no fused head for this model: {reason or 'it has no output head'}")
+    head, reason = choose_head(model, fused=True)
+    if isinstance(head, FusedHead):
+        reason = reading_fault(sharded(model) or unwrapped(model), in_batches=False)
+    elif reason is None:
+        reason = "it has no output head"
+    if reason is not None:
+        raise UserError(f"no fused head for this model: {reason}")
     return ModelHead(model, head)
 
 
@@ -145,5 +149,6 @@ def _tokens(
     if labels is None:
         labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
     target = labels[:, 1:]
-    mask = target != IGNORED
+    # a row's first token has no predecessor, on whichever side the row is padded
+    mask = (target != IGNORED) & attention_mask[:, :-1].bool()
     return _Tokens(input_ids, attention_mask, target.masked_fill(~mask, 0), mask)

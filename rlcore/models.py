@@ -13,7 +13,7 @@ import torch
 
 from rlcore.adapters import NEW_HEAD, base_of_adapter, is_brought, load_adapter, merge_adapter
 from rlcore.errors import UserError, reason_of
-from rlcore.forward import check_reading
+from rlcore.forward import reading_fault
 
 
 def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
@@ -85,7 +85,9 @@ def load_policy(
             "%s holds %d weights that a %s does not use, %s first",
             name_or_path, len(loaded.unused), type(model).__name__, min(loaded.unused),
         )  # fmt: skip
-    check_reading(model, name_or_path)
+    fault = reading_fault(model)
+    if fault is not None:
+        raise UserError(f"{name_or_path!r} is no model to train: {fault}")
     return _to_train(model, gradient_checkpointing, dropout)
 
 

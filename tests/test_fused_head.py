@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import sharded_model
-from helpers.tiny import tiny_model
+from helpers.tiny import tiny_model, tiny_tokenizer
 
 import rlcore as rl
 from rlcore.adapters import add_lora
+from rlcore.encoding import pad
 from rlcore.errors import UserError
 
 KINDS = ("gpt2", "llama", "qwen2", "gemma2", "gemma3")
@@ -92,11 +93,26 @@ def test_the_preference_loss_is_that_of_the_summed_logprobs():
     assert_same(gradients(model, loss), gradients(model, want))
 
 
-def test_every_attended_token_but_the_first_counts_without_labels():
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_a_rows_first_token_counts_on_neither_side_of_padding(labelled):
     model = tiny_model()
-    ids, attention, _ = a_batch()
-    out = rl.fused_head(model)(ids, attention)
-    torch.testing.assert_close(out.logp != 0, attention[:, 1:].bool())
+    rows = [[7, 30, 5, 9, 41], [12, 8, 3]]
+    alone = [
+        rl.token_logprob(model(torch.tensor([row])).logits[:, :-1], torch.tensor([row])[:, 1:])
+        for row in rows
+    ]
+    for side in ("left", "right"):
+        ids, attention = pad(rows, 0, side), pad([[1] * len(row) for row in rows], 0, side)
+        labels = ids.masked_fill(attention == 0, -100) if labelled else None
+        head = rl.fused_head(model)
+        out = head(ids, attention, labels=labels)
+        for got, want in zip(out.logp, alone, strict=True):
+            torch.testing.assert_close(got.sum(), want.logp.sum(), rtol=1e-5, atol=1e-5)
+        loss = head.policy_loss(
+            ids, torch.ones(2), attention, labels=labels, surrogate="reinforce", num_items=1
+        ).loss
+        expected = -sum(want.logp.sum() for want in alone)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -140,13 +156,12 @@ def test_an_fsdp2_model_gets_the_mean_gradient_of_all_ranks_however_it_is_sharde
     for process in ranks:
         _, errors = process.communicate(timeout=180)
         assert process.returncode == 0, errors[-3000:]
-    model = sharded_model.make_model()
-    losses = [sharded_model.loss_of(model, rank) for rank in range(2)]
-    want = gradients(model, sum(losses) / 2)
-    for rank, loss in enumerate(losses):
-        results = torch.load(tmp_path / f"rank{rank}.pt")
-        assert results.keys() == sharded_model.WAYS.keys()
-        for result in results.values():
+    for way in sharded_model.WAYS:
+        model = sharded_model.make_model(way)
+        losses = [sharded_model.loss_of(model, rank) for rank in range(2)]
+        want = gradients(model, sum(losses) / 2)
+        for rank, loss in enumerate(losses):
+            result = torch.load(tmp_path / f"rank{rank}.pt")[way]
             torch.testing.assert_close(result["loss"], loss.detach())
             assert_same(result["gradients"], want)
 
@@ -187,6 +202,107 @@ def test_a_model_that_does_more_to_its_logits_is_refused(monkeypatch):
     monkeypatch.setattr(type(model), "forward", louder)
     with pytest.raises(UserError, match="more to its logits"):
         rl.fused_head(model)
+
+
+def test_a_cap_under_an_unknown_name_is_noticed_though_all_logits_are_small(monkeypatch):
+    model = tiny_model("llama", initializer_range=0.02)
+    plain = type(model).forward
+
+    def capped(self, *args, **options):
+        outputs = plain(self, *args, **options)
+        outputs.logits = 30.0 * torch.tanh(outputs.logits / 30.0)
+        return outputs
+
+    monkeypatch.setattr(type(model), "forward", capped)
+    ids = a_batch()[0]
+    assert model(ids).logits.abs().max() < 1
+    with pytest.raises(UserError, match="more to its logits"):
+        rl.fused_head(model)
+
+
+def tiny_capped(kind: str):
+    """A model whose configuration calls its cap something else, freshly initialised."""
+    import transformers
+
+    vocabulary = {"vocab_size": len(tiny_tokenizer()), "pad_token_id": 0, "eos_token_id": 1}
+    if kind == "RecurrentGemma":
+        config = transformers.RecurrentGemmaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=1, head_dim=8, lru_width=32, attention_window_size=8, **vocabulary,
+        )  # fmt: skip
+    else:
+        config = transformers.Gemma3TextConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **vocabulary,
+        )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind, cap", [("RecurrentGemma", 30.0), ("Gemma3", 5.0)])
+def test_a_cap_is_applied_by_whatever_name_it_goes(kind, cap):
+    model = tiny_capped(kind)
+    layer = model.get_output_embeddings()
+    head = rl.fused_head(model)
+    assert head.head.softcap == cap
+    ids, attention, labels = a_batch()
+    # far beyond the cap, where leaving it out would show
+    hook = layer.register_forward_pre_hook(lambda _, inputs: (1e4 * inputs[0],))
+    out = head(ids, attention, labels=labels)
+    logits = through_logits(model, ids, attention)
+    hook.remove()
+    assert logits.abs().max() > 0.9 * cap
+    want = rl.token_logprob(logits, ids[:, 1:], mask=labels[:, 1:] != -100)
+    torch.testing.assert_close(out.logp, want.logp, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["fits", "raises"])
+def test_every_layer_keeps_the_mode_it_had_whatever_becomes_of_the_probe(monkeypatch, fails):
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert len(set(before.values())) == 2
+    if fails:
+
+        def broken(*_, **__):
+            raise RuntimeError("no kernel for this")
+
+        monkeypatch.setattr(type(model.model), "forward", broken)
+        with pytest.raises((UserError, RuntimeError), match="no kernel for this"):
+            rl.fused_head(model)
+    else:
+        rl.fused_head(model)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_model_that_reads_later_tokens_is_refused():
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"not causal.*BertLMHeadModel"):
+        rl.fused_head(transformers.BertLMHeadModel(config))
+
+
+def test_the_readmes_loss_from_hidden_states_is_the_models():
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    block = readme.split("```python\n")[2].split("```")[0]
+    model = tiny_model("llama")
+    ids, attention, labels = a_batch()
+    ids, attention, mask = ids[2:], attention[2:], labels[2:] != -100
+    advantage, old_logp = torch.tensor([0.7]), torch.full((1, 8), -3.0)
+    hidden = model.model(ids).last_hidden_state
+    names = dict(rl=rl, model=model, hidden=hidden, input_ids=ids, completion_mask=mask)
+    names |= dict(advantage=advantage, old_logp=old_logp, logits=model(ids).logits)
+    first, second = block.split("options = ")
+    exec(first, names)
+    labels = ids.masked_fill(~mask, -100)
+    head = rl.fused_head(model)
+    want = head.policy_loss(ids, advantage, labels=labels, old_logp=old_logp).loss
+    torch.testing.assert_close(names["out"].loss, want, rtol=1e-5, atol=1e-6)
+    exec(f"options = {second}", names)
+    torch.testing.assert_close(names["out"].loss, want, rtol=1e-5, atol=1e-6)
 
 
 def test_shapes_that_do_not_fit_are_named():

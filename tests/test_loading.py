@@ -105,6 +105,38 @@ def test_weights_that_nobody_uses_are_counted_on_one_line(tmp_path, caplog):
     assert "2 weights" in line and "vision.a" in line and path in line
 
 
+def small(kind: str, **changes):
+    """A random model of that configuration class, as freshly initialised."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tiny_tokenizer()), hidden_size=32, d_model=32, num_hidden_layers=1,
+        decoder_layers=1, num_attention_heads=4, decoder_attention_heads=4, intermediate_size=48,
+        decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0, eos_token_id=0, **changes,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra", "XLM"])
+def test_a_model_that_is_not_causal_is_refused_before_anything_trains(tmp_path, kind):
+    small(kind).save_pretrained(tmp_path)
+    for load in (load_policy, load_reference):
+        with pytest.raises(UserError, match=f"'{tmp_path}' .*not causal.*{kind}"):
+            load(str(tmp_path))
+
+
+def test_bert_as_a_decoder_is_causal(tmp_path):
+    small("Bert", is_decoder=True).save_pretrained(tmp_path)
+    load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["Bart", "Roberta"])
+def test_a_model_whose_positions_count_padding_is_refused(tmp_path, kind):
+    small(kind, is_decoder=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"padding on the left changes the logits of a {kind}"):
+        load_policy(str(tmp_path))
+
+
 def test_a_new_head_is_random_or_zero_as_asked_and_a_trained_one_stays(tmp_path):
     base = save_tiny(tmp_path / "lm", "llama")
     assert load_classifier(base, new_head="random").score.weight.abs().min() > 0

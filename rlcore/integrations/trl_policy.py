@@ -173,7 +173,7 @@ def _find_head(core: Any, model: Any) -> FusedHead | str:
         return "DeepSpeed ZeRO-3 hides the head's weight"
     if getattr(core.config, "vision_config", None) is not None:
         return "the model also sees images"
-    head, reason = choose_head(core, fused=True)
+    head, reason = choose_head(model, fused=True)
     return head if isinstance(head, FusedHead) else reason or "the model has no output head"
 
 

@@ -104,7 +104,7 @@ def train_dpo(
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
-    reference = load_wanted_reference(config)
+    reference = load_wanted_reference(config, tokenizer)
     rows = config.pairs_per_process * accelerator.num_processes  # of an optimizer step
     steps = total_steps(config, len(data), rows)
     source = data if config.online else data.pairs

@@ -85,7 +85,7 @@ def train_grpo(
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
-    reference = load_wanted_reference(config)
+    reference = load_wanted_reference(config, tokenizer)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     updates = config.updates_per_batch  # optimizer steps that it serves
     steps = total_steps(config, len(rows), prompts / updates)

@@ -94,7 +94,7 @@ def train_pg(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
     critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
-    reference = load_wanted_reference(config)
+    reference = load_wanted_reference(config, tokenizer)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     steps = total_steps(config, len(rows), prompts)
     run = start_run(

@@ -16,7 +16,7 @@ import torch
 import rlcore as rl
 from rlcore.adapters import adapter_off
 from rlcore.heads import Head, choose_head
-from rlcore.models import load_reference
+from rlcore.models import check_tokenizer, load_reference
 from rlcore.rollout import evaluating
 from rlcore.trainers.common import Run, mix_seed, summed
 from rlcore.trainers.experience import Experience
@@ -39,10 +39,16 @@ class Policy:
             yield
 
 
-def load_wanted_reference(config: SamplingConfig) -> Any | None:
-    """The frozen reference model; None where no term of the run asks for one of its own."""
+def load_wanted_reference(config: SamplingConfig, tokenizer: Any) -> Any | None:
+    """The frozen reference model; None where no term of the run asks for one of its own.
+
+    Raises:
+        UserError: nothing loadable there, or a reference that reads other tokens.
+    """
     if not config.wants_reference or _reference_is_policy(config):
         return None
+    if config.ref_model is not None:
+        check_tokenizer("ref_model", config.ref_model, tokenizer)
     return load_reference(config.ref_model or config.model)
 
 

@@ -94,7 +94,7 @@ def train_ppo(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
     critic = load_critic(config, model, tokenizer)
-    reference = load_wanted_reference(config)
+    reference = load_wanted_reference(config, tokenizer)
     coefficients = Coefficients(kl_coef=config.kl_coef, penalty_coef=config.penalty_coef)
     accelerator.register_for_checkpointing(coefficients)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch

@@ -16,9 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rlcore as rl
 from helpers.tiny import tiny_model
+from rlcore.forward import unwrapped
 
 # what is sharded apart, before the root takes the rest
-WAYS = {"root alone": [], "layers": ["layers"], "layers and head": ["layers", "head"]}
+WAYS = {
+    "root alone": [],
+    "layers": ["layers"],
+    "layers and head": ["layers", "head"],
+    "peft": ["layers"],
+}
 
 
 def make_batch(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,17 +38,25 @@ def loss_of(model: Any, rank: int) -> torch.Tensor:
     return rl.fused_head(model).policy_loss(input_ids, advantage, surrogate="reinforce").loss
 
 
-def make_model() -> Any:
-    return tiny_model("llama", tie_word_embeddings=False).train()
+def make_model(way: str = "root alone") -> Any:
+    model = tiny_model("llama", tie_word_embeddings=False).train()
+    if way != "peft":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    return get_peft_model(model, config)
 
 
-def shard(model: Any, parts: list[str], mesh: Any) -> Any:
+def shard(whole: Any, parts: list[str], mesh: Any) -> Any:
+    model = unwrapped(whole)
     if "layers" in parts:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
     if "head" in parts:
         fully_shard(model.lm_head, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(whole, mesh=mesh)
 
 
 def main() -> None:
@@ -53,12 +67,13 @@ def main() -> None:
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     results = {}
     for way, parts in WAYS.items():
-        model = shard(make_model(), parts, mesh)
+        model = shard(make_model(way), parts, mesh)
         loss = loss_of(model, rank)
         loss.backward()
         gradients = {
             name: None if p.grad is None else p.grad.full_tensor()
             for name, p in model.named_parameters()
+            if p.requires_grad
         }
         results[way] = {"loss": loss.detach(), "gradients": gradients}
     torch.save(results, directory / f"rank{rank}.pt")
