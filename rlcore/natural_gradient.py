@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rlcore as rl
+from rlcore.errors import reason_of
 
 Vector = list[Tensor]
 
@@ -229,5 +230,5 @@ def supports_forward_ad(policy: Policy, batch: Any) -> str | None:
     try:
         policy.tangent(batch, policy.zeros())
     except (RuntimeError, NotImplementedError) as error:
-        return str(error).strip().splitlines()[0]
+        return reason_of(error)
     return None

@@ -167,7 +167,9 @@ def _load(directory: str, device: torch.device) -> Any:
     from rlcore.models import no_progress_bars
 
     with no_progress_bars():
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", trust_remote_code=False
+        )
     return model.to(device).eval()
 
 
