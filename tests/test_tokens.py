@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import tiny_model
-from helpers.tokenizers import BOS, EOS, TEMPLATES, VOCABULARIES, vocabulary
+from helpers.vocabularies import BOS, EOS, TEMPLATES, VOCABULARIES, vocabulary
 from transformers import AutoTokenizer
 
 from rlcore import rollout
