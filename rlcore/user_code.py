@@ -33,7 +33,7 @@ def import_function(what: str, name: str) -> Callable:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # The module is the user's: whatever it raises on import is the reason.
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{what} {name!r}: cannot import {module_name!r}: {reason}") from error

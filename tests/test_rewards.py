@@ -143,10 +143,13 @@ def test_a_reward_that_cannot_be_found_says_what_is_missing(name, message):
         load_reward(name)
 
 
-def test_a_module_that_fails_on_import_says_why(tmp_path, monkeypatch):
-    (tmp_path / "broken_rewards_here.py").write_text("1 / 0\n")
+@pytest.mark.parametrize(
+    "code, reason", [("1 / 0", "ZeroDivisionError"), ("exit(0)", "SystemExit")]
+)
+def test_a_module_that_fails_on_import_says_why(tmp_path, monkeypatch, code, reason):
+    (tmp_path / "broken_rewards_here.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="ZeroDivisionError"):
+    with pytest.raises(UserError, match=reason):
         load_reward("broken_rewards_here:f")
 
 

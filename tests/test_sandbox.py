@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from rlcore.sandbox import FENCES, describe, fences_here, judge, passes
 ON_LINUX = sys.platform == "linux"
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there is no sandbox here")
 SQUARE = "def f(x): return x * x"
+_NUMBERS = itertools.count(1)
 SECONDS = 30.0  # for what ends by itself: other tests may have all the cores
 
 
@@ -174,7 +176,9 @@ def tried(f, *arguments):
         return type(error).__name__
     return "done"
 def session(): return os.getsid(0), os.getpid()
-def environment(): return dict(os.environ)
+def environment(): return dict(os.environ), os.getcwd()
+def descriptors():
+    return sum(tried(os.fstat, number) == "done" for number in range(256))
 def files(): return os.listdir()
 def everybodys(pid):
     out = b""
@@ -207,7 +211,8 @@ def test_neither_environment_nor_files_of_ours_are_there(monkeypatch, tmp_path):
     monkeypatch.setenv("SECRET_OF_MINE", "1")
     monkeypatch.chdir(tmp_path)
     assert reports(
-        "assert 'SECRET_OF_MINE' not in environment()\nassert files() == ['program.py']\n"
+        "own, folder = environment()\nassert own['HOME'] == own['TMPDIR'] == folder\n"
+        "assert 'SECRET_OF_MINE' not in own and files() == ['program.py']\n"
         "import os\nassert 'SECRET_OF_MINE' not in os.environ and os.listdir() == []"
     )
 
@@ -285,6 +290,20 @@ def test_the_process_that_trains_cannot_be_signalled():
     assert reports(f"assert signalled({os.getpid()}) != 'done' or {os.getpid()} < 4")
 
 
+@needs("landlock")
+def test_landlock_keeps_signals_and_tcp_in_where_it_knows_them():
+    version = sandbox._probe()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connected = f"connect({server.getsockname()[1]})"
+        assert reports(f"assert ({connected} != 'done') is {version >= 4}", fences=["landlock"])
+    signals = f"assert (signalled({os.getpid()}) != 'done') is {version >= 6}"
+    assert reports(signals, fences=["landlock"])
+
+
+def test_a_program_has_two_pipes_and_no_other_file_of_ours():
+    assert reports("assert descriptors() == 3 + 2, descriptors()")
+
+
 @needs("seccomp")
 def test_a_program_makes_no_namespaces_of_its_own():
     assert reports("assert unshare() == -1\nassert status()['Seccomp'].strip() == '2'")
@@ -293,12 +312,24 @@ def test_a_program_makes_no_namespaces_of_its_own():
 # What it can use up
 
 
+@pytest.fixture
+def mark():
+    """Seconds for a program's `sleep`, by which it is known; none is left behind a failing test."""
+    number = next(_NUMBERS)
+    seconds = f"98{os.getpid()}.{number}"
+    yield seconds
+    for pid in running(seconds):
+        os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="Linux's")
 @pytest.mark.parametrize("fences", [None, ()])
-def test_nothing_that_a_program_started_is_left(fences):
-    mark = f"987{os.getpid()}.5"
+def test_nothing_that_a_program_started_is_left(fences, mark):
     program = (
-        f"import subprocess\nfor _ in range(5): subprocess.Popen(['sleep', '{mark}'], "
-        f"start_new_session=True)\n{SQUARE}"
+        f"import subprocess\nfor _ in range(3):\n"
+        f"    subprocess.Popen(['sleep', '{mark}'], start_new_session=True)\n"
+        # an orphan in a session of its own
+        f"    subprocess.run(['sh', '-c', 'sleep {mark} &'], start_new_session=True)\n{SQUARE}"
     )
     assert passes(program, WANTED, SECONDS, fences=fences)
     assert running(mark) == []
@@ -307,8 +338,7 @@ def test_nothing_that_a_program_started_is_left(fences):
 
 
 @needs("pid")
-def test_a_program_that_starts_too_many_processes_is_stopped():
-    mark = f"986{os.getpid()}.5"
+def test_a_program_that_starts_too_many_processes_is_stopped(mark):
     # a hundred, not a bomb: enough for the limit of 64
     program = (
         "import subprocess, time\nchildren = [subprocess.Popen(['sleep', "
@@ -363,8 +393,7 @@ module.passes("import subprocess\\nsubprocess.run(['sleep', '{mark}'])", "", 60.
 
 
 @pytest.mark.skipif(not ON_LINUX, reason="Linux's")
-def test_the_program_ends_with_the_process_that_trains():
-    mark = f"985{os.getpid()}.5"
+def test_the_program_ends_with_the_process_that_trains(mark):
     code = STARTED.format(path=sandbox.__file__, mark=mark)
     trainer = subprocess.Popen([sys.executable, "-c", code])
     wait_until(lambda: running(f"sleep\0{mark}"))

@@ -141,7 +141,8 @@ def _work(
     os.chdir(directory)
     os.environ.update(HOME=directory, TMPDIR=directory)
     own_count = "user" in fences and _kernel() >= (5, 14)
-    processes = {"RLIMIT_NPROC": limits.processes + (0 if own_count else threads)}
+    count = limits.processes + (0 if own_count else threads)
+    processes = {"RLIMIT_NPROC": count} if _HAS_PROC else {}
     linux.set_limits(_resource_limits(limits) | processes)
     if sys.platform == "linux":
         linux.hide_memory(False)  # there is nothing in it but the program

@@ -124,7 +124,9 @@ def set_limits(limits: Mapping[str, int]) -> None:
         ceiling = resource.getrlimit(which)[1]
         if ceiling != resource.RLIM_INFINITY:
             wanted = min(wanted, ceiling)
-        resource.setrlimit(which, (wanted, wanted))
+        # other systems than Linux have no limit on some of these
+        with contextlib.suppress(*(() if sys.platform == "linux" else (ValueError, OSError))):
+            resource.setrlimit(which, (wanted, wanted))
 
 
 def landlock_version() -> int:
