@@ -114,6 +114,7 @@ def add_lora(
         lora_dropout=dropout,
         fan_in_fan_out=transposed,
         target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
+        exclude_modules=_routers(model) if names == [ALL_LINEAR] else None,
         modules_to_save=[NEW_HEAD] if is_classifier else None,
         task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
     )
@@ -128,6 +129,18 @@ def add_lora(
         # a relative path would mean something else to whoever loads the adapter elsewhere
         for written in model.peft_config.values():
             written.base_model_name_or_path = str(base.resolve())
+
+
+def _routers(model: Any) -> list[str] | None:
+    """The linear layers that give more than their output, as some routers do; no adapter fits."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module).forward is not torch.nn.Linear.forward
+        and type(module).__module__.startswith("transformers.models.")
+    ]
+    return names or None
 
 
 def has_adapter(model: Any) -> bool:

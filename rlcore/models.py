@@ -139,15 +139,18 @@ class _Loaded:
 def _load_model(auto_class: Any, name_or_path: str, **options: Any) -> tuple[Any, _Loaded]:
     """The model; of an adapter's directory the model it was trained on, with it merged in."""
     base = base_of_adapter(name_or_path)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _without_load_report():
-        model, info = _load(
-            auto_class, "model", base or name_or_path,
-            output_loading_info=True, ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
-        loaded = _fit(info)
         if base is None:
-            return model, loaded
-        of_adapter = _fit(load_adapter(model, name_or_path))
+            model, info = _load(auto_class, "model", name_or_path, **options)
+            return model, _fit(info)
+        try:
+            model, info = _load(auto_class, "model", base, **options)
+        except UserError as error:
+            raise UserError(
+                f"the adapter in {name_or_path!r} needs the model it was trained on: {error}"
+            ) from error
+        loaded, of_adapter = _fit(info), _fit(load_adapter(model, name_or_path))
     missing = {name: why for name, why in loaded.missing.items() if not is_brought(model, name)}
     return merge_adapter(model), _Loaded(missing | of_adapter.missing, of_adapter.unused)
 

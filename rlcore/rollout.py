@@ -16,9 +16,20 @@ import torch
 from rlcore.chat import goes_on, prompt_text
 from rlcore.encoding import encode_prompts, pad
 from rlcore.ends import end_tokens
-from rlcore.errors import UserError
-from rlcore.forward import evaluating, forward_options, position_ids
+from rlcore.errors import UserError, reason_of
+from rlcore.forward import (
+    completion_logits,
+    evaluating,
+    forward_options,
+    position_ids,
+    probe_rows,
+    same_logits,
+    unwrapped,
+)
 from rlcore.tokens import begins_anew, mid_text
+
+# what models call the states that they go on from
+CACHES = ("past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -99,13 +110,14 @@ class _Decoder:
     ):
         self.model = model
         self.options = forward_options(model)
+        self.cache_name = next((name for name in CACHES if name in self.options), CACHES[0])
         self.mask = prompt_mask
         self.cache = None
         self._forward(prompt_ids, position_ids(prompt_mask))
         if repeats > 1:
-            self.cache.batch_repeat_interleave(repeats)
-            self.mask = self.mask.repeat_interleave(repeats, 0)
-            self.logits = self.logits.repeat_interleave(repeats, 0)  # (N, V)
+            self.keep(
+                torch.arange(len(prompt_ids), device=self.mask.device).repeat_interleave(repeats)
+            )
 
     def advance(self, token: torch.Tensor) -> None:
         """Append one token (N,) to every row."""
@@ -113,25 +125,64 @@ class _Decoder:
         self._forward(token[:, None], self.mask.sum(-1, keepdim=True) - 1)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but those in `rows` (M,) int64."""
-        self.cache.batch_select_indices(rows)
+        """Go on with the rows in `rows` (M,) int64 alone, each as often as it is there."""
+        # the one way that every kind of layer has, those with recurrent states too
+        self.cache.reorder_cache(rows)
         self.mask = self.mask[rows]
+        self.logits = self.logits[rows]  # (M, V)
 
     def _forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        # states alone look back at no mask: theirs is of the new tokens
+        is_state = self.cache_name != CACHES[0]
         arguments = {
-            "attention_mask": self.mask,
+            "attention_mask": self.mask[:, -input_ids.shape[1] :] if is_state else self.mask,
             "position_ids": positions,
-            "past_key_values": self.cache,
+            self.cache_name: self.cache,
             "use_cache": True,
             "logits_to_keep": 1,
         }
         arguments = {name: value for name, value in arguments.items() if name in self.options}
         output = self.model(input_ids, **arguments)
-        self.cache = getattr(output, "past_key_values", None)
+        self.cache = getattr(output, self.cache_name, None)
         if self.cache is None:
-            name = type(self.model).__name__
-            raise UserError(f"{name} gives no key-value cache, and generation needs one")
+            name = type(unwrapped(self.model)).__name__
+            raise UserError(f"{name} gives no cache of what it has read, and sampling needs one")
         self.logits = output.logits[:, -1]
+
+
+@torch.no_grad()
+def check_sampling(model: Any) -> None:
+    """Raise UserError where completions cannot be sampled from the model, row by row, exactly.
+
+    Two prompts, one of them padded, are repeated, go on, lose rows and go on again; the logits must
+    then be those of a pass without a cache.
+    """
+    kind = type(unwrapped(model)).__name__
+    ids, mask = (rows[:, :6] for rows in probe_rows(model))
+    more = ids[:, 1:5].reshape(2, 4)  # (steps, rows)
+    kept = torch.tensor([1, 2], device=ids.device)  # a repeat of each prompt
+    try:
+        with evaluating(model):
+            decoder = _Decoder(model, ids, mask, 2)
+            decoder.advance(more[0])
+            decoder.keep(kept)
+            decoder.advance(more[1, kept])
+            # the last column is there to be predicted
+            whole = torch.cat([ids, more[:, kept].T, ids[:, :1]], dim=1)
+            expected = completion_logits(model, whole, torch.cat([mask, mask[:, -3:]], 1), 1)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = reason_of(error)
+        raise UserError(
+            f"completions cannot be sampled from a {kind}, whose cache does not go with repeated "
+            f"rows: {reason}"
+        ) from error
+    if not same_logits(decoder.logits, expected[:, 0]):
+        raise UserError(
+            f"completions cannot be sampled from a {kind}: its cache gives other logits than a "
+            "pass without it; choose another architecture"
+        )
 
 
 def _decode(

@@ -5,9 +5,17 @@ import json
 
 import pytest
 import torch
+from helpers.architectures import MIXTURES, tiny_architecture
 from helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 
-from rlcore.adapters import adapter_off, add_lora, has_adapter, is_adapter, merge_adapter
+from rlcore.adapters import (
+    ADAPTER_CONFIG,
+    adapter_off,
+    add_lora,
+    has_adapter,
+    is_adapter,
+    merge_adapter,
+)
 from rlcore.cli import main
 from rlcore.errors import UserError
 from rlcore.models import load_classifier, load_policy, load_tokenizer
@@ -50,6 +58,63 @@ def test_switched_off_and_merged_an_adapter_leaves_the_base_and_the_adapted_mode
     assert not has_adapter(merged)
     torch.testing.assert_close(logits(merged), adapted, rtol=1e-4, atol=1e-4)
     assert set(merged.state_dict()) == set(tiny_model(kind).state_dict())
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_an_adapter_on_every_layer_of_a_mixture_of_experts_switches_off_loads_and_merges(
+    tmp_path, kind
+):
+    plain = tiny_architecture(kind)
+    plain.save_pretrained(tmp_path / "model")
+    base, model = logits(plain), load_policy(str(tmp_path / "model"))
+    add_lora(model, r=2, alpha=4)
+    adapted = logits(moved(model))
+    assert (adapted - base).abs().max() > 0.01
+    with adapter_off(model):
+        torch.testing.assert_close(logits(model), base, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_policy(str(tmp_path / "adapter"))
+    merged = merge_adapter(model)
+    for each in (merged, loaded):
+        torch.testing.assert_close(logits(each), adapted, rtol=1e-3, atol=1e-3)
+        assert set(each.state_dict()) == set(plain.state_dict())
+
+
+def test_an_adapter_finds_its_model_from_another_folder(tmp_path, monkeypatch, capsys):
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    save_tiny(there / "runs" / "start")
+    # a model of the same name where the adapter is loaded, and another way up
+    save_tiny(elsewhere / "runs" / "start", seed=1)
+    monkeypatch.chdir(there)
+    model = load_policy("runs/start")
+    add_lora(model, r=2, alpha=4)
+    adapted = logits(moved(model))
+    adapter = there / "runs" / "lora"
+    model.save_pretrained(adapter)
+    tiny_tokenizer().save_pretrained(adapter)
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    assert config["base_model_name_or_path"] == str(there / "runs" / "start")
+    monkeypatch.chdir(elsewhere)
+    # as written from here on, as written before, and as seen from there
+    for written, name in [
+        (str(there / "runs" / "start"), str(adapter)),
+        ("runs/start", str(adapter)),
+        ("runs/start", "../there/runs/lora"),
+    ]:
+        config["base_model_name_or_path"] = written
+        (adapter / ADAPTER_CONFIG).write_text(json.dumps(config))
+        torch.testing.assert_close(logits(load_policy(name)), adapted, rtol=1e-4, atol=1e-4)
+    assert main(["merge", "--adapter", "../there/runs/lora", "--output-dir", "whole"]) == 0
+    torch.testing.assert_close(logits(load_policy("whole")), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_whose_model_is_gone_says_so(tmp_path):
+    model = load_policy(save_tiny(tmp_path / "model"))
+    add_lora(model, r=2, alpha=4)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"adapter in '.*adapter' .* no model at '.*/model'"):
+        load_policy(str(tmp_path / "adapter"))
 
 
 def test_a_classifiers_adapter_brings_its_head_along_and_merges(tmp_path):

@@ -310,3 +310,18 @@ def test_the_command_trains_one(tmp_path, pairs, capsys):
     flags = ["--model", config.model, "--dataset", pairs, "--output-dir", str(tmp_path / "cli")]
     assert main(["train", "reward_model", *flags, "--max-steps", "1"]) == 0
     assert (tmp_path / "cli" / "config.json").exists()
+
+
+def test_a_reward_model_that_names_no_pad_token_scores_batches(tmp_path):
+    base = save_tiny(tmp_path / "lm", "llama")
+    model = load_classifier(base, new_head="random").eval()
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "rm")
+    tiny_tokenizer().save_pretrained(tmp_path / "rm")
+    judge = RewardModel(str(tmp_path / "rm"))
+    judge.prepare(tiny_tokenizer(), torch.device("cpu"))
+    rows = [[7, 30, 5], [12, 8, 3, 41, 9]]
+    scores = judge(["7", "7"], ["", ""], completion_ids=rows)
+    prompt = tiny_tokenizer()("7")["input_ids"]
+    expected = naive_scores(model, [prompt + row for row in rows])
+    torch.testing.assert_close(torch.tensor(scores), expected, rtol=1e-4, atol=1e-5)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.architectures import STATES, tiny_architecture
 from helpers.tiny import PROMPTS, tiny_model, tiny_tokenizer
 
 from rlcore import rollout
 from rlcore.errors import UserError
 from rlcore.forward import completion_logits
-from rlcore.rollout import generate
+from rlcore.rollout import check_sampling, generate
 
 KINDS = ["gpt2", "llama", "qwen2", "gemma2", "gemma3"]
 NEW = 12
@@ -219,3 +220,38 @@ def test_sampling_options_out_of_range_are_refused(option):
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UserError, match="no tokens"):
         greedy(tiny_model(), [""])
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_models_with_states_are_sampled_from_in_batches_that_repeat_and_lose_rows(kind):
+    model = tiny_architecture(kind)
+    check_sampling(model)
+    # an end that some rows come to early, so that rows leave the batch
+    end = greedy(model).completion_ids[0, 2].item()
+    model.generation_config.eos_token_id = [end]
+    prompts = [PROMPTS[0], *PROMPTS]
+    result = greedy(model, prompts, num_generations=2)
+    alone = [kept(greedy(model, [prompt]))[0] for prompt in prompts]
+    assert kept(result) == [ids for ids in alone for _ in range(2)]
+    length = result.completion_ids.shape[1]
+    logits = completion_logits(model, result.input_ids, result.attention_mask, length)
+    mask = result.completion_mask
+    assert torch.equal(logits.argmax(-1)[mask], result.completion_ids[mask])
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [("Rwkv", "RwkvForCausalLM gives no cache"), ("XLM", "XLMWithLMHeadModel gives no cache")],
+)
+def test_a_model_without_a_cache_is_refused_before_it_is_sampled_from(kind, message):
+    with pytest.raises(UserError, match=message):
+        check_sampling(tiny_architecture(kind))
+
+
+def test_a_cache_that_loses_its_place_is_noticed(monkeypatch):
+    model = tiny_model("gpt2")
+    monkeypatch.setattr(
+        rollout._Decoder, "keep", lambda self, rows: self.cache.reorder_cache(rows.flip(0))
+    )
+    with pytest.raises(UserError, match="cannot be sampled from a GPT2LMHeadModel"):
+        check_sampling(model)

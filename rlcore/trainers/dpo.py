@@ -24,7 +24,7 @@ from rlcore.heads import without_padding
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.pairs import Pair, collate_pairs, load_pairs
 from rlcore.rewards import RewardFunction
-from rlcore.rollout import evaluating
+from rlcore.rollout import check_sampling, evaluating
 from rlcore.trainers.common import (
     Result,
     Run,
@@ -104,6 +104,8 @@ def train_dpo(
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
+    if config.online:
+        check_sampling(model)
     reference = load_wanted_reference(config, tokenizer)
     rows = config.pairs_per_process * accelerator.num_processes  # of an optimizer step
     steps = total_steps(config, len(data), rows)

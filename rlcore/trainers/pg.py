@@ -22,6 +22,7 @@ from rlcore.advantages import leave_one_out_advantage
 from rlcore.data import load_rows
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.rewards import RewardFunction
+from rlcore.rollout import check_sampling
 from rlcore.trainers.common import (
     Result,
     Run,
@@ -93,6 +94,7 @@ def train_pg(
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
+    check_sampling(model)
     critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
     reference = load_wanted_reference(config, tokenizer)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch

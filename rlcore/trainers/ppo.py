@@ -24,6 +24,7 @@ from rlcore.controllers import ppo_kl_coef, proportional_kl_coef
 from rlcore.data import load_rows
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.rewards import RewardFunction
+from rlcore.rollout import check_sampling
 from rlcore.trainers.common import (
     Result,
     Run,
@@ -93,6 +94,7 @@ def train_ppo(
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
+    check_sampling(model)
     critic = load_critic(config, model, tokenizer)
     reference = load_wanted_reference(config, tokenizer)
     coefficients = Coefficients(kl_coef=config.kl_coef, penalty_coef=config.penalty_coef)

@@ -32,6 +32,7 @@ from rlcore.natural_gradient import (
     supports_forward_ad,
 )
 from rlcore.rewards import RewardFunction
+from rlcore.rollout import check_sampling
 from rlcore.trainers.common import (
     Result,
     Run,
@@ -96,6 +97,7 @@ def train_trpo(
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
+    check_sampling(model)
     critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     steps = total_steps(config, len(rows), prompts)
