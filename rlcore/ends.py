@@ -36,6 +36,12 @@ def end_ids(tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
 
 
+def completion_end(tokenizer: Any, is_text: bool) -> int | None:
+    """The token that a completion is learned to end with: of text eos, of messages their turn's."""
+    end = None if is_text else end_of_turn(tokenizer)
+    return tokenizer.eos_token_id if end is None else end
+
+
 def missing_end(tokenizer: Any) -> str | None:
     """What to say of a chat template whose turns no token ends; None where one does."""
     if tokenizer.chat_template is None or end_of_turn(tokenizer) is not None:

@@ -43,11 +43,14 @@ def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
     return tokenizer
 
 
-def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> None:
-    """Raise UserError where the model that `option` names reads other tokens than the policy.
+def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> Any:
+    """The tokenizer of the model that `option` names, which must read the policy's tokens.
 
     Args:
         tokenizer: the policy's.
+
+    Raises:
+        UserError: it reads other ones.
     """
     own = load_tokenizer(name_or_path)
     if own.get_vocab() != tokenizer.get_vocab():
@@ -55,6 +58,7 @@ def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> None:
             f"{option} {name_or_path!r} has another tokenizer than the policy ({len(own)} tokens, "
             f"not {len(tokenizer)}), whose tokens it is to read: choose one of the policy's family"
         )
+    return own
 
 
 def load_policy(

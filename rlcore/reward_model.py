@@ -9,6 +9,7 @@ import torch
 
 from rlcore.adapters import NEW_HEAD
 from rlcore.encoding import Example, collate, encode_completions, encode_prompts, up_to_end
+from rlcore.ends import completion_end
 from rlcore.errors import UserError
 from rlcore.forward import forward_options, position_ids
 from rlcore.models import check_tokenizer, load_classifier
@@ -57,7 +58,7 @@ class RewardModel:
 
     def __init__(self, path: str):
         self.path = path
-        self.model = self.tokenizer = None
+        self.model = self.tokenizer = self.policy_tokenizer = None
 
     def prepare(self, tokenizer: Any, device: torch.device) -> None:
         """Load it for a policy that reads and writes with `tokenizer`.
@@ -65,11 +66,13 @@ class RewardModel:
         Raises:
             UserError: nothing loadable there, a model without a score, another tokenizer.
         """
-        check_tokenizer("reward_model", self.path, tokenizer)
+        own = check_tokenizer("reward_model", self.path, tokenizer)
         model = load_classifier(self.path, dropout=False)
         # transformers looks for padding by it, and refuses a batch without
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        self.tokenizer = tokenizer
+        model.config.get_text_config().pad_token_id = own.pad_token_id
+        # its own template, bos and ends are what it was trained with
+        own.chat_template = own.chat_template or tokenizer.chat_template
+        self.tokenizer, self.policy_tokenizer = own, tokenizer
         self.model = model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
@@ -106,10 +109,22 @@ class RewardModel:
         completions: Sequence[str | list[dict]],
         completion_ids: Sequence[list[int]] | None = None,
     ) -> list[Example]:
-        """The tokens that are judged: those that the model would have been trained on."""
+        """The tokens that are judged: those that the model would have been trained on.
+
+        Prompts and ends are therefore written as the model's own tokenizer writes them.
+        """
         if completion_ids is not None:
-            pairs = zip(encode_prompts(self.tokenizer, prompts), completion_ids, strict=True)
-            return [Example(list(prompt), list(ids)) for prompt, ids in pairs]
+            learned, sampled = (
+                {text: completion_end(tokenizer, text) for text in (True, False)}
+                for tokenizer in (self.tokenizer, self.policy_tokenizer)
+            )
+            heads = encode_prompts(self.tokenizer, prompts)
+            examples = []
+            for head, prompt, ids in zip(heads, prompts, completion_ids, strict=True):
+                text = isinstance(prompt, str)
+                ended = list(ids[-1:]) == [sampled[text]]
+                examples.append(Example(head, [*ids[:-1], learned[text]] if ended else [*ids]))
+            return examples
         pairs = zip(prompts, completions, strict=True)
         rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
         examples = encode_completions(self.tokenizer, rows, None)

@@ -13,17 +13,20 @@ import pytest
 import torch
 from helpers.tiny import tiny_model
 from helpers.vocabularies import BOS, EOS, TEMPLATES, VOCABULARIES, vocabulary
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from rlcore import rollout
+from rlcore.chat import answer_text
 from rlcore.encoding import encode_examples, encode_prompts
 from rlcore.ends import end_ids, end_of_turn, end_tokens, missing_end
 from rlcore.errors import UserError
 from rlcore.merge import MergeConfig, merge
+from rlcore.models import load_classifier, load_tokenizer
 from rlcore.pairs import load_pairs
 from rlcore.reward_model import RewardModel
 from rlcore.rollout import generate
 from rlcore.rows import Part, Rows
+from rlcore.tokens import mid_text, plain_ids
 from rlcore.trainers import sft
 from rlcore.trainers.reward_model import load_ended_pairs
 from rlcore.trainers.sft import SFTConfig, train_sft
@@ -133,6 +136,50 @@ def test_special_tokens_that_the_text_has_already_come_once(name):
 
 
 @every_vocabulary
+def test_the_middle_of_a_text_is_spelled_as_it_stands(name):
+    known = vocabulary(name)
+    middle = mid_text(known.tokenizer)
+    for text in ("1", " 1", "  1 and", "\nThe answer", "ars?"):
+        (ids,) = plain_ids(middle, [text])
+        if known.keeps_blanks:
+            assert known.spell(ids) == middle.decode(ids) == text
+        assert middle.get_vocab() == known.tokenizer.get_vocab()
+
+
+@every_vocabulary
+def test_what_follows_a_special_token_may_begin_anew(name, monkeypatch):
+    known = vocabulary(name)
+    tokenizer = known.tokenizer
+    prompt = "x =<|im_start|>"
+    (whole,) = plain_ids(tokenizer, [prompt + "12"])
+    (row,) = examples(tokenizer, {"prompt": prompt, "completion": "12"})
+    assert (row.prompt + row.completion)[known.has_bos : -1] == whole
+    result = sampled(monkeypatch, tokenizer, prompt, row.completion)
+    # byte-level decoders show the blank that the tokenizer wrote, the others take it off
+    assert result.completions == [" 12" if "spaced" in name else "12"]
+
+
+def test_an_empty_prompt_is_what_opens_a_sequence(monkeypatch):
+    known = vocabulary("metaspace always, bos")
+    (row,) = examples(known.tokenizer, {"prompt": "", "completion": "12"})
+    assert known.spell(row.prompt) == BOS and known.spell(row.completion) == " 12" + EOS
+    result = sampled(monkeypatch, known.tokenizer, "", row.completion)
+    assert result.completions == ["12"]
+    both = vocabulary("spaced bytes, bos and eos").tokenizer
+    assert encode_prompts(both, [""]) == [[both.bos_token_id]]
+    for name in ("bytes", "bytes, eos"):
+        with pytest.raises(UserError, match="no tokens"):
+            encode_prompts(vocabulary(name).tokenizer, [""])
+
+
+def test_a_tokenizer_without_eos_ends_nothing():
+    tokenizer = vocabulary("bytes").tokenizer
+    tokenizer.eos_token = None
+    (row,) = examples(tokenizer, {"prompt": "x", "completion": " 1"})
+    assert tokenizer.decode(row.completion) == " 1"
+
+
+@every_vocabulary
 def test_pairs_hold_the_same_tokens_as_rows_to_imitate(name, tmp_path):
     known = vocabulary(name)
     for prompt, completion in text_rows(known):
@@ -190,7 +237,7 @@ def test_reward_models_judge_what_a_policy_samples_as_they_learned_it(
     tokenizer = known.with_template(template)
     end = tokenizer.convert_tokens_to_ids(TEMPLATES[template][1])
     reward = RewardModel("somewhere")
-    reward.tokenizer = tokenizer
+    reward.tokenizer = reward.policy_tokenizer = tokenizer
     for prompt, content in CHATS:
         answers = {"chosen": content, "rejected": "Ben"}
         messages = {s: [{"role": "assistant", "content": text}] for s, text in answers.items()}
@@ -205,16 +252,44 @@ def test_reward_models_judge_what_a_policy_samples_as_they_learned_it(
             assert example.completion[-1] == end and example.completion.count(end) == 1
             assert result.input_ids[row, : result.prompt_length].tolist() == example.prompt
             assert known.same_text(result.completions[row].strip(), answers[side].strip())
+            if known.keeps_blanks and content == content.strip():
+                # the template's, which a tokenizer that writes blanks of its own takes for one
+                shows_blank = template == "llama2" and (not known.dummy or "bytes" in name)
+                assert result.completions[row].startswith(" ") == shows_blank
         assert not result.truncated.any()
-        asked = reward.examples([prompt] * 2, list(messages.values()))
-        assert asked == [learned.chosen, learned.rejected]
+        for ids in (None, kept(result)):
+            asked = reward.examples([prompt] * 2, list(messages.values()), ids)
+            assert asked == [learned.chosen, learned.rejected]
+
+
+def test_reward_models_are_asked_in_their_own_template_whatever_the_policys(tmp_path):
+    prompt, content = CHATS[0]
+    answers = {"chosen": content, "rejected": "Ben"}
+    messages = {s: [{"role": "assistant", "content": text}] for s, text in answers.items()}
+    path = write(tmp_path / "pairs.jsonl", {"prompt": prompt, **messages})
+    reward = RewardModel("somewhere")
+    reward.tokenizer = vocabulary("bytes").with_template("gemma")
+    reward.policy_tokenizer = vocabulary("bytes").with_template("chatml")
+    (learned,) = load_ended_pairs(reward.tokenizer, path, None)
+    (policys,) = load_ended_pairs(reward.policy_tokenizer, path, None)
+    sampled = [policys.chosen.completion, policys.rejected.completion]
+    asked = reward.examples([prompt] * 2, list(messages.values()), sampled)
+    assert asked == [learned.chosen, learned.rejected] != [policys.chosen, policys.rejected]
+    # one that was cut has no end to exchange
+    (cut, _) = reward.examples([prompt] * 2, list(messages.values()), [s[:-1] for s in sampled])
+    assert cut.completion == sampled[0][:-1]
+    # text ends with eos: each has its own
+    reward.policy_tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    end = reward.policy_tokenizer.eos_token_id
+    (text,) = reward.examples(["x ="], [" 1"], [[5, end]])
+    assert text.completion == [5, reward.tokenizer.eos_token_id]
 
 
 @every_vocabulary
 def test_reward_models_judge_text_as_they_learned_it(name, tmp_path):
     known = vocabulary(name)
     reward = RewardModel("somewhere")
-    reward.tokenizer = known.tokenizer
+    reward.tokenizer = reward.policy_tokenizer = known.tokenizer
     for prompt, completion in text_rows(known):
         row = {"prompt": prompt, "chosen": completion, "rejected": " 1 and 1"}
         path = write(tmp_path / "pairs.jsonl", row)
@@ -241,6 +316,16 @@ def test_an_answer_that_was_begun_goes_on(name, template, monkeypatch):
     assert known.same_text(result.completions[0].rstrip(), " is 25")
 
 
+def test_what_begins_an_answer_and_what_goes_on_with_it_are_one_message():
+    tokenizer = vocabulary("bytes").tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.name }}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    )
+    begun = [{"role": "assistant", "content": "The", "name": "Ben", "tool_calls": None}]
+    rest = [{"role": "assistant", "content": " end", "name": None, "tool_calls": [1]}]
+    assert answer_text(tokenizer, begun, rest) == ("BenThe", " end[1]")
+
+
 def test_what_cannot_go_on_is_refused():
     tokenizer = vocabulary("bytes").with_template("chatml")
     begun = chat("How many pears?", "The answer")
@@ -250,6 +335,22 @@ def test_what_cannot_go_on_is_refused():
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     with pytest.raises(UserError, match="ends with an assistant message"):
         encode_prompts(tokenizer, [[*begun[:1], call]])
+
+
+def test_a_tokenizer_without_a_rust_backend_is_read_alike():
+    tokenizer = ByT5Tokenizer()  # closes every text with eos
+    (row,) = examples(tokenizer, {"prompt": "x =", "completion": " 1"})
+    assert bytes(index - 3 for index in row.prompt) == b"x ="
+    assert bytes(index - 3 for index in row.completion[:-1]) == b" 1"
+    assert row.completion[-1] == tokenizer.eos_token_id
+    assert encode_prompts(tokenizer, ["x ="]) == [row.prompt]
+
+
+def test_one_that_writes_blanks_of_its_own_is_refused(monkeypatch):
+    tokenizer = ByT5Tokenizer()
+    monkeypatch.setattr(tokenizer, "_tokenize", lambda text: list("▁" + text))
+    with pytest.raises(UserError, match="writes a blank before every text"):
+        mid_text(tokenizer)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -289,6 +390,31 @@ def test_a_template_may_have_no_end_of_a_turn(template):
     assert end_of_turn(tokenizer) is None
     assert end_ids(tokenizer) == {tokenizer.eos_token_id}
     assert (missing_end(tokenizer) is None) == (template is None)
+
+
+def test_the_end_of_a_turn_is_the_first_token_behind_the_answer_and_read_whole():
+    tokenizer = vocabulary("bytes").tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>now"]})
+    tokenizer.chat_template = (
+        "Say your (answer)<|im_end|>{% for m in messages %}{{ m.content }}<|end|>now{% endfor %}"
+        "{{ eos_token }}"
+    )
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>now")
+
+
+def test_a_reward_model_without_a_template_takes_the_policys(tmp_path):
+    base = base_model(tmp_path / "model")
+    policy = load_tokenizer(base)
+    load_classifier(base, new_head="random").save_pretrained(tmp_path / "reward")
+    vocabulary("bytes").tokenizer.save_pretrained(tmp_path / "reward")
+    reward = RewardModel(str(tmp_path / "reward"))
+    reward.prepare(policy, torch.device("cpu"))
+    (prompt, content), answer = CHATS[0], [{"role": "assistant", "content": CHATS[0][1]}]
+    (asked,) = reward.examples([prompt], [answer])
+    assert asked.prompt == rendered(policy, prompt, add_generation_prompt=True)
+    assert policy.decode(asked.completion) == content + "<|im_end|>"
+    scores = [reward([prompt], [answer], ids) for ids in (None, [asked.completion])]
+    assert scores[0] == scores[1]
 
 
 def base_model(directory) -> str:
