@@ -83,11 +83,13 @@ def _keep(
         linux.unshare(spaces | ({"mount"} if "pid" in spaces else set()))
     if sys.platform == "linux":
         linux.hide_memory()
+        linux.adopt_orphans()
     guard = os.fork()
     if guard == 0:
         _exit_with(lambda: _guard(run, fences, limits, keep, ended, directory, threads))
     # The judge's end of `ended` closes, the guard ends, and so do we.
     os.waitpid(guard, 0)
+    _kill_all(guard)  # where no namespace does it, a program may have killed the guard
 
 
 def _guard(
