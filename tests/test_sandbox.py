@@ -280,6 +280,14 @@ def test_files_outside_cannot_be_read_or_written(tmp_path):
     assert data.read_text() == "4"
 
 
+@needs("landlock")
+def test_nor_do_tests_of_somebodys_data_reach_them(tmp_path):
+    (tmp_path / "mine").write_text("4")
+    reads = f"assert open({str(tmp_path / 'mine')!r}).read() == '4'"
+    assert not passes("", reads, SECONDS)
+    assert passes("", reads, SECONDS, fences=())
+
+
 @pytest.mark.parametrize("fence", [pytest.param(f, marks=needs(f)) for f in ("net", "seccomp")])
 def test_there_is_no_network(fence):
     fences = [fence] if fence == "seccomp" else [f for f in ("user", "net") if f in fences_here()]
