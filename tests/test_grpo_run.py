@@ -336,6 +336,15 @@ def test_bnpo_averages_what_each_process_found_for_itself(two_ranks, tmp_path):
         assert (rank["bnpo"]["gradient"] - mean).norm() < 1e-5 * mean.norm()
 
 
+def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_exactly(two_ranks):
+    directory, ranks = two_ranks
+    for rank in ranks:
+        for name, value in rank["weights"].items():
+            assert torch.equal(value, rank["weights in two goes"][name])
+    steps = [line["step"] for line in read_metrics(directory / "stopped" / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3]
+
+
 def test_two_processes_end_a_run_with_the_same_weights_and_one_log(two_ranks):
     directory, (one, two) = two_ranks
     for name, value in one["weights"].items():

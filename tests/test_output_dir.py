@@ -283,10 +283,14 @@ def test_two_runs_do_not_share_a_directory_and_a_dead_one_lets_go(tmp_path):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        with claimed(run):
-            os.write(writer, b"!")
-            signal.pause()
-    os.read(reader, 1)
+        try:
+            with claimed(run):
+                os.write(writer, b"!")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    assert os.read(reader, 1) == b"!"
     for options in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises(UserError, match=f"another run .process {child} on .*wait for its end"):
             check_output_dir(run, **options)

@@ -209,6 +209,8 @@ def tracking(
     """
     with contextlib.ExitStack() as held:
         run.stop = held.enter_context(stop_request())
+        # until every process has looked at the directory as it was
+        run.accelerator.wait_for_everyone()
         _on_main(run.accelerator, lambda: _claim(run, held))
         tracker = tracker or held.enter_context(_own_tracker(run, description, columns))
         for note in run.notes if run.accelerator.is_main_process else ():

@@ -5,6 +5,9 @@ python two_processes.py DIRECTORY LOSS_TYPE...; every rank writes its results th
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import grpo as make
 from helpers.tiny import PROMPTS, save_tiny
+from rlcore.errors import TrainingStopped
 from rlcore.trainers.grpo import GRPOConfig, _update, train_grpo
 
 
@@ -33,8 +37,8 @@ def one_update(directory: Path, loss_type: str) -> dict:
     return {"gradient": make.gradient(run.policy), "metrics": metrics}
 
 
-def short_run(directory: Path, rank: int) -> dict[str, torch.Tensor]:
-    """The weights after three steps of GRPO on a few prompts."""
+def short_run(directory: Path, rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights after three steps of GRPO on a few prompts, in one go and stopped halfway."""
     if rank == 0:
         save_tiny(directory / "model", initializer_range=0.05)
         lines = [f'{{"prompt": "{prompt}", "answer": "7"}}' for prompt in PROMPTS]
@@ -45,7 +49,6 @@ def short_run(directory: Path, rank: int) -> dict[str, torch.Tensor]:
         dataset=str(directory / "rows.jsonl"),
         eval_dataset=str(directory / "rows.jsonl"),
         output_dir=str(directory / "run"),
-        reward=["helpers.two_processes:seven"],
         num_generations=4,
         per_device_train_batch_size=4,
         max_completion_length=4,
@@ -54,11 +57,28 @@ def short_run(directory: Path, rank: int) -> dict[str, torch.Tensor]:
         save_steps=2,
         learning_rate=1e-2,
     )
-    return train_grpo(config).model.state_dict()
+    whole = train_grpo(config, reward_funcs=[seven]).model.state_dict()
+    config = dataclasses.replace(config, output_dir=str(directory / "stopped"), save_steps=0)
+    global asked
+    asked = rank == 1
+    try:
+        train_grpo(config, reward_funcs=[seven])
+    except TrainingStopped as stop:
+        assert (stop.signal_name, stop.step) == ("SIGTERM", 2)
+    else:
+        raise AssertionError("nobody stopped")
+    asked = False
+    halves = train_grpo(dataclasses.replace(config, resume=True), reward_funcs=[seven])
+    return {"weights": whole, "weights in two goes": halves.model.state_dict()}
+
+
+asked = False  # the reward has this process asked to stop
 
 
 def seven(prompts: list, completions: list, **_) -> list[float]:
     """How often the completion says 7, and how long it is: no two groups are all alike."""
+    if asked:
+        os.kill(os.getpid(), signal.SIGTERM)
     return [text.count("7") + 0.01 * len(text) for text in completions]
 
 
@@ -67,7 +87,7 @@ def main() -> None:
     make.make_run(make.config(directory))  # sets the process group up
     rank = torch.distributed.get_rank()
     results = {name: one_update(directory, name) for name in sys.argv[2:]}
-    results["weights"] = short_run(directory, rank)
+    results |= short_run(directory, rank)
     torch.save(results, directory / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
