@@ -58,8 +58,8 @@ def check_apart(directory: str | Path, inputs: Mapping[str, str | None]) -> None
         path = Path(given).resolve()
         if _lies_in(path, output):
             raise UserError(
-                f"{name} {given} lies in output_dir {directory}, where a run replaces what is "
-                "there: choose another output_dir"
+                f"{name} {given} lies in output_dir {directory}, which the run writes over: choose "
+                "another output_dir"
             )
         if _lies_in(output, path):
             raise UserError(

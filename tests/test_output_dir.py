@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 from helpers.runs import content, grpo_config, killed, sft_config, write_rows
 
 from rlcore.checkpoint import checkpoints
+from rlcore.cli import main
 from rlcore.errors import UserError
 from rlcore.locking import check_unlocked
 from rlcore.output_dir import check_output_dir, claimed, file_of_run, last_resumable
@@ -19,6 +21,7 @@ from rlcore.run_record import note_start, note_written
 from rlcore.tracking import read_metrics
 from rlcore.trainers.grpo import train_grpo
 from rlcore.trainers.ppo import PPOConfig, train_ppo
+from rlcore.trainers.resuming import INPUTS
 from rlcore.trainers.sft import train_sft
 
 
@@ -48,7 +51,7 @@ def old(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoint-4", "run/a/b", "link", "other/../run"])
-@pytest.mark.parametrize("name", ["model", "dataset", "eval_dataset", "ref_model", "value_model"])
+@pytest.mark.parametrize("name", INPUTS)
 def test_an_output_directory_around_an_input_is_refused_and_the_input_is_untouched(
     tmp_path, monkeypatch, name, place
 ):
@@ -66,6 +69,31 @@ def test_an_output_directory_around_an_input_is_refused_and_the_input_is_untouch
     with pytest.raises(UserError, match=f"^{name} .* lies in output_dir"):
         train_ppo(config)
     assert content(tmp_path) == before
+
+
+def test_the_model_below_an_adapter_is_an_input_too(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    config = {"base_model_name_or_path": str(tmp_path / "run"), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=r"model's own model .*run lies in output_dir"):
+        train_ppo(ppo_config(tmp_path, model=str(tmp_path / "adapter")))
+
+
+def test_a_config_file_in_a_run_that_is_to_be_replaced_is_refused_and_resuming_it_is_not(
+    tmp_path, capsys
+):
+    config = sft_config(tmp_path, save_steps=2, max_steps=2)
+    train_sft(config)
+    before = content(tmp_path / "run")
+    command = ["train", "sft", "--config", str(tmp_path / "run" / "training.yaml")]
+    assert main([*command, "--overwrite-output-dir"]) == 2
+    assert "training.yaml lies in output_dir" in capsys.readouterr().err
+    assert content(tmp_path / "run") == before
+    assert main([*command, "--resume"]) == 0
+    assert main([*command, "--output-dir", str(tmp_path / "again")]) == 0
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == before["model.safetensors"]
 
 
 @pytest.mark.parametrize("output", ["model", "model/run", "link/run", "data/run"])
@@ -112,7 +140,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_one_it_was_to_replace
     )
     with pytest.raises(Exception, match="no such luck"):
         train_grpo(again, reward_funcs=[raises])
-    assert len(calls) == 4
+    assert len(calls) > 3
     assert content(run) == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

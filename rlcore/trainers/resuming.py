@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore import fingerprints
+from rlcore.adapters import base_of_adapter, is_adapter
 from rlcore.config import load_config
 from rlcore.errors import UserError
 from rlcore.output_dir import CONFIG_FILE, file_of_run
@@ -26,20 +27,26 @@ _NOT_COMPARED = (*START_OPTIONS, "output_dir")
 
 
 def inputs_of(config: Any) -> dict[str, str]:
-    """{option: path or name} of the models and data that the run reads."""
+    """{option: path or name} of the models and data that the run reads, adapters' models too."""
     given = {name: getattr(config, name, None) for name in INPUTS}
-    return {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    bases = {
+        f"{name}'s own model": base_of_adapter(given[name])
+        for name in MODELS
+        if name in given and is_adapter(given[name])
+    }
+    return given | {name: base for name, base in bases.items() if base is not None}
 
 
 def fingerprints_of(config: Any, rows: Iterable[Any]) -> dict[str, str]:
     """{option: fingerprint} of the data, and of the models that lie on this machine."""
-    directories = {name: Path(getattr(config, name, None) or "") for name in MODELS}
-    found = {
-        name: fingerprints.of_model(directory)
-        for name, directory in directories.items()
-        if getattr(config, name, None) and directory.is_dir()
+    places = {name: Path(place) for name, place in inputs_of(config).items()}
+    models = {
+        name: fingerprints.of_model(place)
+        for name, place in places.items()
+        if name.startswith(MODELS) and place.is_dir()
     }
-    return found | {"dataset": fingerprints.of_rows(rows)}
+    return models | {"dataset": fingerprints.of_rows(rows)}
 
 
 def check_same_options(config: Any) -> str | None:
@@ -71,11 +78,11 @@ def check_same_options(config: Any) -> str | None:
 def check_same_inputs(config: Any, present: Mapping[str, str]) -> None:
     """Raise UserError where data or a model holds something else than when the run began."""
     before = _recorded(config)
-    for name in before.keys() & present.keys():
-        if before[name] != present[name]:
+    for name, place in inputs_of(config).items():
+        if before.get(name, present.get(name)) != present.get(name):
             raise UserError(
-                f"{config.output_dir} cannot be resumed: {name} {getattr(config, name)} is not "
-                "what the run began with; give that, or start a new run"
+                f"{config.output_dir} cannot be resumed: {name} {place} is not what the run began "
+                "with; give that, or start a new run"
             )
 
 
