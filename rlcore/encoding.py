@@ -16,6 +16,7 @@ import torch
 from rlcore.chat import answer_text, prompt_text, rendered
 from rlcore.ends import end_ids
 from rlcore.errors import UserError
+from rlcore.loaded import Loaded, Tally, encoded, measured
 from rlcore.rows import Rows
 from rlcore.tokens import following_ids, opened_ids, plain_ids
 
@@ -72,32 +73,55 @@ def _head_ids(tokenizer: Any, texts: Sequence[str], is_text: Sequence[bool]) -> 
     return [next(opened if plain else templated) for _, plain in rows]
 
 
-def encode_examples(tokenizer: Any, rows: Rows, max_length: int | None = None) -> list[Example]:
-    """Rows to imitate, tokenized; rows that `max_length` leaves without a completion drop out.
+def encode_examples(tokenizer: Any, rows: Rows, max_length: int | None = None) -> Loaded:
+    """Rows to imitate, tokenized, as Examples; rows that have or keep no completion are left out.
 
     For {"prompt", "completion"} the loss is on the completion and its eos; for {"text"} and
     {"messages"} it is on everything after the first token.
 
     Raises:
-        UserError: messages without a chat template, or no row is left.
+        UserError: a row that cannot be encoded, which is named, or no row is left.
     """
     has_prompt = "prompt" in rows.group
-    encoded = encode_completions(
-        tokenizer, rows.select_columns(rows.group), max_length, has_prompt=has_prompt
+    chosen = rows.select_columns(rows.group)
+    examples, places, tally = Loaded(), [], Tally(rows)
+    whole = encoded(
+        chosen, lambda batch: encode_completions(tokenizer, batch, has_prompt=has_prompt)
     )
-    examples = [example for example in encoded if example is not None]
+    for row, example in enumerate(whole):
+        if example is None:
+            tally.add("are left out: without a first token there is nothing to learn from", row)
+            continue
+        short = shortened(example, max_length)
+        if short is None:
+            tally.add(f"are left out: max_length {max_length} leaves them no completion", row)
+            continue
+        if len(short) < len(example):
+            tally.add(f"lose their end to max_length {max_length}", row)
+        examples.append(short)
+        places.append(row)
     if not examples:
         raise UserError("no row of the dataset has a completion within max_length tokens")
+    examples.notes = rows.notes + tally.notes
+    ids = (example.prompt + example.completion for example in examples)
+    examples.extent = measured(rows, zip(places, ids, strict=True))
     return examples
 
 
+def shortened(example: Example, max_length: int | None) -> Example | None:
+    """Its first `max_length` tokens, None where none of the completion is among them."""
+    if max_length is None or len(example) <= max_length:
+        return example
+    kept = example.completion[: max(max_length - len(example.prompt), 0)]
+    return Example(example.prompt, kept) if kept else None
+
+
 def encode_completions(
-    tokenizer: Any, rows: Iterable[dict], max_length: int | None, *, has_prompt: bool = True
+    tokenizer: Any, rows: Iterable[dict], *, has_prompt: bool = True
 ) -> list[Example | None]:
     """Rows of {"prompt", "completion"}, or without a prompt, tokenized; None without a completion.
 
-    The first `max_length` tokens stay; a completion of text ends with eos, one of messages as the
-    chat template ends it.
+    A completion of text ends with eos, one of messages as the chat template ends it.
     """
     pairs = [_as_pair(tokenizer, row) for row in rows]
     heads, tails, is_text = (list(column) for column in zip(*pairs, strict=True))
@@ -109,7 +133,6 @@ def encode_completions(
         ids = prompt + completion
         if plain and tokenizer.eos_token_id is not None and not set(ids[-1:]) & ends:
             ids = [*ids, tokenizer.eos_token_id]
-        ids = ids[:max_length]
         # Without a prompt the first token plays its part: nothing comes before it to predict it.
         length = len(prompt) if has_prompt else 1
         fits = 0 < length < len(ids)

@@ -60,6 +60,16 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def reasons_of(error: BaseException) -> str:
+    """`reason_of` an error and of those that it was raised from, each once."""
+    said: list[str] = []
+    while error is not None:
+        if not any(reason_of(error) in earlier for earlier in said):
+            said.append(reason_of(error))
+        error = error.__cause__
+    return ": ".join(said)
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None where none is like it."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
@@ -75,14 +85,3 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     guess = nearest(name, known)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return UserError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
-
-
-def reason(error: BaseException) -> str:
-    """What a library's error and those that caused it say, whole, on one line."""
-    said: list[str] = []
-    while error is not None:
-        text = " ".join(str(error).split()) or type(error).__name__
-        if not any(text in earlier for earlier in said):
-            said.append(text)
-        error = error.__cause__
-    return ": ".join(said)

@@ -127,7 +127,7 @@ class RewardModel:
             return examples
         pairs = zip(prompts, completions, strict=True)
         rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-        examples = encode_completions(self.tokenizer, rows, None)
+        examples = encode_completions(self.tokenizer, rows)
         if None in examples:
             raise UserError("a completion without any token has no score")
         return [up_to_end(self.tokenizer, example) for example in examples]

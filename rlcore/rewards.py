@@ -23,6 +23,8 @@ from rlcore.user_code import explain, import_function
 
 RewardFunction = Callable[..., list]
 REGEX_SECONDS = 1.0
+# what a reward function is called with besides the data's columns
+GIVEN = ("prompts", "completions", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,35 @@ def compute_rewards(
     weighted = per_function * torch.tensor(weights, dtype=torch.float32)
     total = torch.where(per_function.isnan().all(1), torch.nan, weighted.nansum(1))
     return Rewards(total, per_function)
+
+
+def check_columns(functions: Sequence[RewardFunction], names: Sequence[str], source: str) -> None:
+    """Raise UserError where the functions cannot be called with the data's columns.
+
+    Args:
+        names: the columns' names; source: what the data is called.
+    """
+    for name in GIVEN:
+        if name in names:
+            raise UserError(
+                f"{source}: a column is called {name!r}, as reward functions call what the policy "
+                "was given or wrote: rename it"
+            )
+    for function in functions:
+        given = {"prompts", "completions", *names} - {"prompt"}
+        if _takes_tokens(function):
+            given.add("completion_ids")
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):
+            continue
+        try:
+            signature.bind(**dict.fromkeys(given))
+        except TypeError as error:
+            raise UserError(
+                f"{source}: reward function {reward_name(function)!r} cannot be called with "
+                f"{', '.join(sorted(given))}: {error}"
+            ) from error
 
 
 def _takes_tokens(function: RewardFunction) -> bool:

@@ -32,11 +32,13 @@ class Rows:
         notes: what the user should be told of where they come from.
         null_fields: columns whose nested objects have null fields, be it that they lack them.
         group: the required columns that every row has.
+        extent: of its prompts, once they were encoded.
     """
 
     notes: tuple[str, ...] = ()
     null_fields: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
+    extent: Any = None
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
-from rlcore.errors import UserError, reason
+from rlcore.errors import UserError, reasons_of
 from rlcore.readers import READERS, file_type, read_file
 from rlcore.rows import Part, Rows, joined
 
@@ -93,7 +93,7 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         # The library raises a dozen error types, for networks, names, formats and splits.
-        raise UserError(f"cannot load the dataset {name!r}: {reason(error)}") from error
+        raise UserError(f"cannot load the dataset {name!r}: {reasons_of(error)}") from error
 
 
 def _rows(dataset: Any, source: str) -> Rows:

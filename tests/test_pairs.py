@@ -68,9 +68,9 @@ def save(directory):
 def test_long_answers_are_cut_at_their_end_and_pairs_without_an_answer_drop_out(tmp_path):
     tokenizer = tiny_tokenizer()
     path = write(tmp_path, ROW, {**ROW, "prompt": ROW["prompt"] * 20})
-    (whole, _), (pair,) = load_pairs(tokenizer, path, None), load_pairs(tokenizer, path, 12)
-    assert len(pair.chosen) == len(pair.rejected) == 12
-    assert pair.chosen.completion == whole.chosen.completion[: 12 - len(whole.chosen.prompt)]
+    (whole, _), (pair,) = load_pairs(tokenizer, path, None), load_pairs(tokenizer, path, 13)
+    assert len(pair.chosen) == len(pair.rejected) == 13
+    assert pair.chosen.completion == whole.chosen.completion[: 13 - len(whole.chosen.prompt)]
     with pytest.raises(UserError, match="no pair has both answers within max_length"):
         load_pairs(tokenizer, path, 2)
 
@@ -93,7 +93,7 @@ def test_a_batch_has_the_chosen_rows_first(tmp_path):
     ("row", "message"),
     [
         ({"prompt": "a", "chosen": "b"}, "needs the column 'prompt' \\+ 'chosen' \\+ 'rejected'"),
-        ({**ROW, "rejected": ROW["chosen"]}, "row 1: 'chosen' and 'rejected' are the same"),
+        ({**ROW, "rejected": ROW["chosen"]}, "line 1: 'chosen' and 'rejected' are the same"),
         ({"chosen": "yes", "rejected": "no"}, "begin differently"),
         (
             {**ROW, "rejected": [{"role": "assistant", "content": "16"}]},

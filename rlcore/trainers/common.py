@@ -118,11 +118,12 @@ def start_run(
     beside: Callable[[Run], None] | None = None,
     *,
     data: Iterable[Any] = (),
+    notes: Iterable[str] = (),
 ) -> Run:
     """Prepare model and optimizer, and resume where that was asked; writes nothing.
 
     `beside` prepares what else the run trains and its checkpoints are to hold; `data` is what it
-    trains on, row by row.
+    trains on, row by row; `notes` are what the user should know of it.
     """
     if config.peft is not None:
         add_lora(
@@ -141,6 +142,7 @@ def start_run(
         run.notes.append(f"the fused head is off: {head_note}")
     if end_note := missing_end(tokenizer):
         run.notes.append(end_note)
+    run.notes += notes
     _on_main(accelerator, lambda: _compare_with_before(run, data))
     run.model, run.optimizer = accelerator.prepare(model, make_optimizer(model, config))
     if beside is not None:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 import rlcore as rl
-from rlcore.data import load_rows
 from rlcore.encoding import Batch
 from rlcore.heads import without_padding
 from rlcore.models import load_policy, load_tokenizer
@@ -42,6 +42,7 @@ from rlcore.trainers.common import (
     wants_evaluation,
 )
 from rlcore.trainers.dpo_config import DPOConfig, check_dpo_config
+from rlcore.trainers.loading import Data, load_data, load_prompts
 from rlcore.trainers.metrics import Clock, Log, Means
 from rlcore.trainers.policies import Policy, as_reference, load_wanted_reference
 from rlcore.trainers.sampling import Judge, collect, evaluate, make_judge
@@ -100,17 +101,21 @@ def train_dpo(
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.eos_token)
     judge.prepare(tokenizer, accelerator.device)
-    data, held_out = _load_data(config, tokenizer)
+    loaded = _load_data(config, tokenizer, judge)
+    data, held_out = loaded.train, loaded.held_out
+    if not config.online:
+        data, held_out = PairData(data), held_out and PairData(held_out)
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
     if config.online:
         check_sampling(model)
     reference = load_wanted_reference(config, tokenizer)
+    loaded.check_models(tokenizer, model, reference)
     rows = config.pairs_per_process * accelerator.num_processes  # of an optimizer step
     steps = total_steps(config, len(data), rows)
     source = data if config.online else data.pairs
-    run = start_run(config, accelerator, model, tokenizer, steps, data=source)
+    run = start_run(config, accelerator, model, tokenizer, steps, data=source, notes=loaded.notes)
     if config.padding_free:
         run.head = without_padding(run.head, run.policy)
     reference = as_reference(run, reference)
@@ -142,16 +147,11 @@ def train_dpo(
         return finish_run(run, log)
 
 
-def _load_data(config: DPOConfig, tokenizer: Any) -> tuple[Any, Any | None]:
+def _load_data(config: DPOConfig, tokenizer: Any, judge: Judge) -> Data:
     """Training and held-out data: pairs, or with `online` rows with prompts."""
-
-    def load(path: str) -> Any:
-        if config.online:
-            return load_rows(path)
-        return PairData(load_pairs(tokenizer, path, config.max_length))
-
-    held_out = None if config.eval_dataset is None else load(config.eval_dataset)
-    return load(config.dataset), held_out
+    if config.online:
+        return load_prompts(config, tokenizer, judge)
+    return load_data(config, partial(load_pairs, tokenizer, max_length=config.max_length))
 
 
 def _batches(run: Run, data: PairData, chosen: Sequence[int]) -> list[PairBatch]:

@@ -19,7 +19,6 @@ import torch
 
 import rlcore as rl
 from rlcore.advantages import group_advantage
-from rlcore.data import load_rows
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.rewards import RewardFunction
 from rlcore.rollout import check_sampling
@@ -39,6 +38,7 @@ from rlcore.trainers.common import (
 )
 from rlcore.trainers.experience import Experience
 from rlcore.trainers.grpo_config import LOSS_TYPES, GRPOConfig, check_grpo_config
+from rlcore.trainers.loading import load_prompts
 from rlcore.trainers.metrics import Clock, Log, Means
 from rlcore.trainers.policies import (
     Policy,
@@ -81,17 +81,18 @@ def train_grpo(
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.eos_token)
     judge.prepare(tokenizer, accelerator.device)
-    rows = load_rows(config.dataset)
-    held_out = None if config.eval_dataset is None else load_rows(config.eval_dataset)
+    data = load_prompts(config, tokenizer, judge)
+    rows, held_out = data.train, data.held_out
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
     check_sampling(model)
     reference = load_wanted_reference(config, tokenizer)
+    data.check_models(tokenizer, model, reference)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     updates = config.updates_per_batch  # optimizer steps that it serves
     steps = total_steps(config, len(rows), prompts / updates)
-    run = start_run(config, accelerator, model, tokenizer, steps, data=rows)
+    run = start_run(config, accelerator, model, tokenizer, steps, data=rows, notes=data.notes)
     reference = as_reference(run, reference)
     with tracking(run, tracker, "GRPO", DISPLAYED) as tracker:
         log, clock, step = Log(run, tracker), Clock(), run.first_step

@@ -19,7 +19,6 @@ import torch
 
 import rlcore as rl
 from rlcore.advantages import leave_one_out_advantage
-from rlcore.data import load_rows
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.rewards import RewardFunction
 from rlcore.rollout import check_sampling
@@ -39,6 +38,7 @@ from rlcore.trainers.common import (
 )
 from rlcore.trainers.credit import everywhere, judged_only, mine, token_reward, whitened
 from rlcore.trainers.experience import Experience
+from rlcore.trainers.loading import load_prompts
 from rlcore.trainers.metrics import Clock, Log, Means
 from rlcore.trainers.pg_config import PGConfig, check_pg_config
 from rlcore.trainers.policies import (
@@ -89,18 +89,26 @@ def train_pg(
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.eos_token)
     judge.prepare(tokenizer, accelerator.device)
-    rows = load_rows(config.dataset)
-    held_out = None if config.eval_dataset is None else load_rows(config.eval_dataset)
+    data = load_prompts(config, tokenizer, judge)
+    rows, held_out = data.train, data.held_out
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
     check_sampling(model)
     critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
     reference = load_wanted_reference(config, tokenizer)
+    data.check_models(tokenizer, model, critic and critic.model, reference)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     steps = total_steps(config, len(rows), prompts)
     run = start_run(
-        config, accelerator, model, tokenizer, steps, critic and critic.prepare, data=rows
+        config,
+        accelerator,
+        model,
+        tokenizer,
+        steps,
+        critic and critic.prepare,
+        data=rows,
+        notes=data.notes,
     )
     reference = as_reference(run, reference)
     with tracking(run, tracker, "PG", DISPLAYED) as tracker:

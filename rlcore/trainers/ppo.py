@@ -21,7 +21,6 @@ import torch
 
 import rlcore as rl
 from rlcore.controllers import ppo_kl_coef, proportional_kl_coef
-from rlcore.data import load_rows
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.rewards import RewardFunction
 from rlcore.rollout import check_sampling
@@ -47,6 +46,7 @@ from rlcore.trainers.credit import (
     whitened,
 )
 from rlcore.trainers.experience import Experience
+from rlcore.trainers.loading import load_prompts
 from rlcore.trainers.metrics import Clock, Log, Means
 from rlcore.trainers.policies import (
     Policy,
@@ -89,19 +89,22 @@ def train_ppo(
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.eos_token)
     judge.prepare(tokenizer, accelerator.device)
-    rows = load_rows(config.dataset)
-    held_out = None if config.eval_dataset is None else load_rows(config.eval_dataset)
+    data = load_prompts(config, tokenizer, judge)
+    rows, held_out = data.train, data.held_out
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
     check_sampling(model)
     critic = load_critic(config, model, tokenizer)
     reference = load_wanted_reference(config, tokenizer)
+    data.check_models(tokenizer, model, critic.model, reference)
     coefficients = Coefficients(kl_coef=config.kl_coef, penalty_coef=config.penalty_coef)
     accelerator.register_for_checkpointing(coefficients)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     steps = total_steps(config, len(rows), prompts)
-    run = start_run(config, accelerator, model, tokenizer, steps, critic.prepare, data=rows)
+    run = start_run(
+        config, accelerator, model, tokenizer, steps, critic.prepare, data=rows, notes=data.notes
+    )
     reference = as_reference(run, reference)
     with tracking(run, tracker, "PPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()

@@ -10,16 +10,16 @@ answer: a pair too long for the model to see it is left out, not cut.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 import rlcore as rl
 from rlcore.encoding import up_to_end
-from rlcore.errors import UserError
+from rlcore.loaded import Loaded
 from rlcore.models import load_classifier, load_tokenizer
 from rlcore.pairs import Pair, collate_pairs, load_pairs, margins
 from rlcore.ranges import Count, Length, NotNegative, Positive
@@ -40,6 +40,7 @@ from rlcore.trainers.common import (
     tracking,
     wants_evaluation,
 )
+from rlcore.trainers.loading import load_data
 from rlcore.trainers.metrics import Clock, Log, Means
 from rlcore.trainers.train_config import TrainConfig, check_train_config
 
@@ -75,21 +76,20 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
     check_train_config(config)
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.eos_token)
-    pairs = load_ended_pairs(tokenizer, config.dataset, config.max_length)
-    held_out = None
-    if config.eval_dataset is not None:
-        held_out = load_ended_pairs(tokenizer, config.eval_dataset, config.max_length)
+    data = load_data(config, partial(load_ended_pairs, tokenizer, max_length=config.max_length))
+    pairs, held_out = data.train, data.held_out
     model = load_classifier(
         config.model,
         gradient_checkpointing=config.gradient_checkpointing,
         dropout=False,
         new_head="random",
     )
+    data.check_models(tokenizer, model)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     local_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     rows = local_rows * accelerator.num_processes
     steps = total_steps(config, len(pairs), rows)
-    run = start_run(config, accelerator, model, tokenizer, steps, data=pairs)
+    run = start_run(config, accelerator, model, tokenizer, steps, data=pairs, notes=data.notes)
     with tracking(run, tracker, "reward model", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         for step in range(run.first_step + 1, run.total_steps + 1):
@@ -108,26 +108,16 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
         return finish_run(run, log)
 
 
-def load_ended_pairs(tokenizer: Any, path_or_name: str, max_length: int | None) -> list[Pair]:
+def load_ended_pairs(
+    tokenizer: Any, path_or_name: str, max_length: int | None, *, held_out: bool = False
+) -> Loaded:
     """The pairs whose answers both fit, each answer up to its end as a policy would sample it.
 
     Raises:
-        UserError: what `load_pairs` raises, or no pair fits.
+        UserError: what `load_pairs` raises.
     """
-    pairs = [
-        dataclasses.replace(
-            pair,
-            chosen=up_to_end(tokenizer, pair.chosen),
-            rejected=up_to_end(tokenizer, pair.rejected),
-        )
-        for pair in load_pairs(tokenizer, path_or_name, None)
-    ]
-    if max_length is None:
-        return pairs
-    fitting = [pair for pair in pairs if max(len(pair.chosen), len(pair.rejected)) <= max_length]
-    if not fitting:
-        raise UserError(f"{path_or_name}: no pair has both answers within max_length tokens")
-    return fitting
+    finish = partial(up_to_end, tokenizer)
+    return load_pairs(tokenizer, path_or_name, max_length, held_out=held_out, finish=finish)
 
 
 def _train_step(run: Run, step: int, pairs: Sequence[Pair]) -> dict[str, float]:

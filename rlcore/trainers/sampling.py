@@ -45,11 +45,15 @@ class Judge:
 
         Where programs are run, one line on stderr says what holds them.
         """
-        for function in self.functions:
-            if isinstance(function, RewardModel):
-                function.prepare(tokenizer, device)
+        for model in self.reward_models:
+            model.prepare(tokenizer, device)
         if code_runs in self.functions and os.environ.get("RANK", "0") == "0":
             print(sandbox.describe(), file=sys.stderr)
+
+    @property
+    def reward_models(self) -> list[RewardModel]:
+        """Those of the functions that are models."""
+        return [each for each in self.functions if isinstance(each, RewardModel)]
 
 
 def _unpadded(rollout: Rollout) -> list[list[int]]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from rlcore.data import SFT_COLUMNS, load_rows
 from rlcore.encoding import Batch, Example, collate, encode_examples
+from rlcore.loaded import Loaded
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.ranges import Length, Positive
 from rlcore.rollout import evaluating
@@ -34,6 +36,7 @@ from rlcore.trainers.common import (
     tracking,
     wants_evaluation,
 )
+from rlcore.trainers.loading import load_data
 from rlcore.trainers.metrics import Clock, Log
 from rlcore.trainers.train_config import TrainConfig, check_train_config
 
@@ -63,13 +66,14 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
     check_train_config(config)
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.eos_token)
-    examples = encode_examples(tokenizer, load_rows(config.dataset, SFT_COLUMNS), config.max_length)
-    held_out = _held_out(config, tokenizer)
+    data = load_data(config, partial(_load_examples, tokenizer, config.max_length))
+    examples, held_out = data.train, data.held_out
     model = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing)
+    data.check_models(tokenizer, model)
     local_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     rows = local_rows * accelerator.num_processes
     steps = total_steps(config, len(examples), rows)
-    run = start_run(config, accelerator, model, tokenizer, steps, data=examples)
+    run = start_run(config, accelerator, model, tokenizer, steps, data=examples, notes=data.notes)
     with tracking(run, tracker, "SFT", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         for step in range(run.first_step + 1, run.total_steps + 1):
@@ -87,11 +91,11 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
         return finish_run(run, log)
 
 
-def _held_out(config: SFTConfig, tokenizer: Any) -> list[Example]:
-    if config.eval_dataset is None:
-        return []
-    rows = load_rows(config.eval_dataset, SFT_COLUMNS)
-    return encode_examples(tokenizer, rows, config.max_length)
+def _load_examples(
+    tokenizer: Any, max_length: int | None, path_or_name: str, held_out: bool
+) -> Loaded:
+    rows = load_rows(path_or_name, SFT_COLUMNS, held_out=held_out)
+    return encode_examples(tokenizer, rows, max_length)
 
 
 def _train_step(run: Run, step: int, examples: list[Example]) -> dict[str, float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from rlcore.adapters import ALL_LINEAR, is_adapter, require_peft
 from rlcore.errors import UserError, unknown_name
+from rlcore.options import default_of
 from rlcore.output_dir import check_apart, check_output_dir
 from rlcore.ranges import (
     BelowOne,
@@ -32,7 +33,8 @@ class TrainConfig:
     """Options of every trainer."""
 
     model: str  # directory or hub name of the causal language model to start from
-    dataset: str  # .jsonl, .json, .csv or .parquet file, or a dataset's hub name
+    # .jsonl, .json, .csv, .parquet or .arrow file; or a directory or hub name, for its train split
+    dataset: str
     output_dir: str  # where the model, its checkpoints and metrics.jsonl go
     overwrite_output_dir: bool = False  # replace output_dir's earlier run once this has finished
     resume: bool = False  # go on from output_dir's last complete checkpoint
@@ -74,7 +76,7 @@ class TrainConfig:
     save_steps: Natural | None = None  # steps between checkpoints; None: a tenth of all; 0: none
     # how many checkpoints stay; None: all where save_steps is given, else 2, so that the disk lasts
     save_total_limit: Count | None = None
-    eval_dataset: str | None = None  # held-out rows, like dataset
+    eval_dataset: str | None = None  # held-out rows, like dataset; of splits the held-out one
     eval_steps: Natural = 0  # optimizer steps between evaluations; 0: at the end only
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
 
@@ -99,6 +101,13 @@ def check_train_config(config: TrainConfig) -> None:
 
 def _check_adapter(config: TrainConfig) -> None:
     if config.peft is None:
+        for each in fields(config):
+            is_set = getattr(config, each.name) != default_of(each)
+            if each.name.startswith("lora_") and is_set:
+                raise UserError(
+                    f"{each.name} is set, but without peft there is no adapter: add --peft lora, "
+                    "or leave it out"
+                )
         return
     if config.peft not in ADAPTERS:
         raise unknown_name("peft", config.peft, ADAPTERS)

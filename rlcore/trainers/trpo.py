@@ -19,7 +19,6 @@ import torch
 
 import rlcore as rl
 from rlcore import checkpoint
-from rlcore.data import load_rows
 from rlcore.errors import TrainingDiverged, UserError
 from rlcore.forward import completion_logits
 from rlcore.models import load_policy, load_tokenizer
@@ -49,6 +48,7 @@ from rlcore.trainers.common import (
 )
 from rlcore.trainers.credit import judged_only, token_reward
 from rlcore.trainers.experience import Experience
+from rlcore.trainers.loading import load_prompts
 from rlcore.trainers.metrics import Clock, Log, Means
 from rlcore.trainers.policies import counted_items, micro_batches
 from rlcore.trainers.sampling import Sampled, collect, evaluate, make_judge
@@ -92,13 +92,14 @@ def train_trpo(
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(config.model, config.eos_token)
     judge.prepare(tokenizer, accelerator.device)
-    rows = load_rows(config.dataset)
-    held_out = None if config.eval_dataset is None else load_rows(config.eval_dataset)
+    data = load_prompts(config, tokenizer, judge)
+    rows, held_out = data.train, data.held_out
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
     check_sampling(model)
     critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
+    data.check_models(tokenizer, model, critic and critic.model)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     steps = total_steps(config, len(rows), prompts)
 
@@ -107,7 +108,9 @@ def train_trpo(
         if critic is not None:
             critic.prepare(run)
 
-    run = start_run(config, accelerator, model, tokenizer, steps, prepare, data=rows)
+    run = start_run(
+        config, accelerator, model, tokenizer, steps, prepare, data=rows, notes=data.notes
+    )
     policy = _policy(run)
     with tracking(run, tracker, "TRPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
