@@ -6,6 +6,7 @@ whoever stops at the first alone never stops in a chat.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -56,6 +57,14 @@ def end_of_turn(tokenizer: Any) -> int | None:
     """The token that the chat template ends an assistant's turn with, None where there is none."""
     if tokenizer.chat_template is None:
         return None
+    return _end_of_turn(
+        tokenizer, str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer)
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _end_of_turn(tokenizer: Any, *state: Any) -> int | None:
+    """The same, asked once as long as the tokenizer's `state` is what it was."""
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
     try:
         text = rendered(tokenizer, turn)

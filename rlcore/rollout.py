@@ -41,7 +41,7 @@ class Rollout:
     prompt_length: int  # P
     completion_ids: torch.Tensor  # (N, C) int64
     completion_mask: torch.Tensor  # (N, C) bool: up to and with eos
-    completions: list[str]  # N texts without special tokens
+    completions: list[str]  # N texts without special tokens and what ended them
     truncated: torch.Tensor  # (N,) bool: max_new_tokens came before eos
 
 
@@ -89,6 +89,7 @@ def generate(
         ids = _decode(decoder, choose, eos, max_new_tokens, not full_length)
     completion_mask, truncated = _up_to_end(ids, eos)
     completion_ids = torch.where(completion_mask, ids, tokenizer.pad_token_id)
+    spoken = completion_mask & ~torch.isin(ids, eos)
     prompt_ids = prompt_ids.repeat_interleave(num_generations, 0)
     prompt_mask = prompt_mask.repeat_interleave(num_generations, 0)
     return Rollout(
@@ -97,7 +98,7 @@ def generate(
         prompt_length=prompt_ids.shape[1],
         completion_ids=completion_ids,
         completion_mask=completion_mask,
-        completions=_texts(tokenizer, prompts, completion_ids, completion_mask),
+        completions=_texts(tokenizer, prompts, completion_ids, spoken),
         truncated=truncated,
     )
 

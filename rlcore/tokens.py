@@ -68,12 +68,18 @@ def following_ids(tokenizer: Any, heads: Sequence[str], tails: Sequence[str]) ->
 
 def _middle_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of text in the middle of another, as far as the first special token that it writes."""
-    added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    special = re.search("|".join(map(re.escape, added)), text) if added else None
+    special = _any_special(tokenizer, len(tokenizer)).search(text)
     place = special.start() if special else len(text)
     (middle,) = plain_ids(mid_text(tokenizer), [text[:place]])
     (rest,) = plain_ids(tokenizer, [text[place:]])
     return middle + rest
+
+
+@functools.lru_cache(maxsize=8)
+def _any_special(tokenizer: Any, size: int) -> re.Pattern:
+    added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    # of none, what is nowhere
+    return re.compile("|".join(map(re.escape, added)) or "(?!)")
 
 
 def begins_anew(tokenizer: Any, text: str) -> bool:

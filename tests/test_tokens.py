@@ -402,6 +402,17 @@ def test_the_end_of_a_turn_is_the_first_token_behind_the_answer_and_read_whole()
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>now")
 
 
+def test_an_end_that_is_not_marked_special_is_no_part_of_the_text(monkeypatch):
+    tokenizer = vocabulary("bytes").tokenizer
+    tokenizer.add_tokens(["<stop>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<stop>{% endfor %}"
+    (prompt, content), answer = CHATS[0], [{"role": "assistant", "content": CHATS[0][1]}]
+    (row,) = examples(tokenizer, {"prompt": prompt, "completion": answer})
+    assert tokenizer.decode(row.completion, skip_special_tokens=True) == content + "<stop>"
+    result = sampled(monkeypatch, tokenizer, prompt, row.completion)
+    assert result.completions == [content] and not result.truncated.any()
+
+
 def test_a_reward_model_without_a_template_takes_the_policys(tmp_path):
     base = base_model(tmp_path / "model")
     policy = load_tokenizer(base)
