@@ -98,6 +98,7 @@ def test_each_fence_can_be_missing(fence):
         (SQUARE, "assert f(2) == 4\nassert f(2) == 5", False),
         (SQUARE, "import sys\nsys.exit(0)", False),
         (SQUARE, "assert g(2) == 4", False),
+        (SQUARE, "def test_f(a_fixture):\n    assert f(2) == 4", False),
         (SQUARE, "f(", False),
         (f"{SQUARE}\n1 / 0", WANTED, False),
     ],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import inspect
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ import types
 from typing import Any, BinaryIO
 
 from . import confine, linux, wire
+from .collect import run_collected
 from .proxies import Program
 from .worker import READY, Worker
 
@@ -75,11 +75,7 @@ def _judge(requests: BinaryIO, replies: BinaryIO, source: str, tests: str) -> by
 
 
 def run_tests(program: Program, source: str) -> None:
-    """Run tests that name what the program defines; raises what a failing one raises.
-
-    Functions called test... without parameters are called, and unittest.TestCases run, as pytest
-    would have it.
-    """
+    """Run tests that name what the program defines; raises what a failing one raises."""
     tree = _Held().visit(ast.parse(source))
     names = _Names(program, tree)
     sys.modules["__main__"] = _TestsModule(names)
@@ -89,34 +85,8 @@ def run_tests(program: Program, source: str) -> None:
 
         unittest.main = lambda *_, **__: None  # they run below
     exec(compile(ast.fix_missing_locations(tree), "tests.py", "exec"), names)
-    for name, value in list(names.items()):
-        if name.startswith("test") and _takes_nothing(value):
-            _finish(value())
-        elif isinstance(value, type) and hasattr(value, "defaultTestResult"):
-            _run_case(value)
-
-
-def _run_case(case: type) -> None:
-    import unittest
-
-    result = unittest.TestResult()
-    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
-    if not result.wasSuccessful():
-        raise AssertionError(case.__name__)
-
-
-def _finish(value: Any) -> None:
-    if inspect.iscoroutine(value):
-        import asyncio
-
-        asyncio.run(value)
-
-
-def _takes_nothing(value: Any) -> bool:
-    if not isinstance(value, types.FunctionType):
-        return False
-    parameters = inspect.signature(value).parameters.values()
-    return all(p.default is not p.empty or p.kind in (2, 4) for p in parameters)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    run_collected(names, used)
 
 
 class _Held(ast.NodeTransformer):

@@ -105,6 +105,8 @@ class Program:
             return {"reference": _link(value).number}
         if isinstance(value, type) and _NUMBER in value.__dict__:
             return {"reference": value.__dict__[_NUMBER]}
+        if hasattr(value, "__next__"):
+            return {"iterator": [wire.encode(item, self._sent) for item in value]}
         try:
             return wire.importable(value)
         except TypeError:
@@ -114,7 +116,8 @@ class Program:
                     "functions and the program's own objects can be given"
                 ) from None
         self._callbacks.append(value)
-        return {"callback": len(self._callbacks) - 1}
+        names = [str(getattr(value, name, "")) for name in ("__name__", "__doc__")]
+        return {"callback": [len(self._callbacks) - 1, *names]}
 
     def _received(self, tag: str, payload: Any) -> Any:
         if tag != "reference":

@@ -15,9 +15,10 @@ import decimal
 import fractions
 import importlib
 import json
+import pathlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView, KeysView
 from typing import Any, BinaryIO
 
 MESSAGE_BYTES = 32 << 20
@@ -33,8 +34,10 @@ _PARTS: dict[type, Callable[[Any], list]] = {
     decimal.Decimal: lambda value: [str(value)],
     datetime.timedelta: lambda value: [value.days, value.seconds, value.microseconds],
     datetime.date: lambda value: [value.year, value.month, value.day],
+    type(pathlib.Path()): lambda value: [str(value)],
+    type(pathlib.PurePath()): lambda value: [str(value)],
 }
-# aware ones hold a tzinfo, which is an object: they fall to `other`
+# aware ones come with their offset, and are equal
 _ISO = {kind.__name__: kind for kind in (datetime.datetime, datetime.time)}
 _BUILT = {kind.__name__: kind for kind in _PARTS}
 _PRIVATE = ("__main__", __name__.partition(".")[0])
@@ -84,7 +87,7 @@ def encode(value: Any, other: Callable[[Any], Any]) -> Any:
         return {kind.__name__: [[encode(k, other), encode(v, other)] for k, v in value.items()]}
     if kind in _PARTS:
         return {kind.__name__: _PARTS[kind](value)}
-    if kind in _ISO.values() and value.tzinfo is None:
+    if kind in _ISO.values():
         return {kind.__name__: value.isoformat()}
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.generic):
@@ -120,10 +123,12 @@ def decode(data: Any, other: Callable[[str, Any], Any]) -> Any:
 
 
 def plain_base(value: Any) -> Any:
-    """A value of a subclass of a plain type as that type: a namedtuple as a tuple.
+    """A value of a subclass of a plain type as that type, a namedtuple as a tuple; keys as a set.
 
     Raises TypeError for what is of no plain type.
     """
+    if isinstance(value, KeysView | ItemsView):
+        return set(value)
     for base in _BASES:
         if isinstance(value, base):
             return base(value)

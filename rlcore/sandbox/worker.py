@@ -118,10 +118,12 @@ class Worker:
         if tag == "reference":
             return self._objects[payload]
         if tag == "callback":
-            return self._callback(payload)
+            return self._callback(*payload)
+        if tag == "iterator":
+            return iter(wire.decode(payload, self._received))
         return wire.imported(tag, payload)
 
-    def _callback(self, number: int) -> Callable:
+    def _callback(self, number: int, name: str, doc: str) -> Callable:
         def function(*arguments: Any, **named: Any) -> Any:
             request = {
                 "callback": number,
@@ -135,6 +137,7 @@ class Worker:
                 self._answer(reply)
             return wire.decode(reply["value"], self._received)
 
+        function.__name__, function.__doc__ = name, doc
         return function
 
     def _exception(self, error: BaseException) -> dict[str, Any]:
