@@ -161,6 +161,45 @@ def test_the_right_values_are_one(in_process):
         sys.modules["__main__"], sys.argv = main, argv
 
 
+IN_A_CASE = "import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n        f(2)"
+SKIPPED = {"import": ["unittest.case", "SkipTest"]}
+
+
+@pytest.mark.parametrize(
+    "tests, replies",
+    [
+        # another function of the library's as f, and a class of it as a value
+        ("assert f(2) == 2", [{"value": {"import": ["builtins", "abs"]}}]),
+        (
+            "assert f(2)() == {}",
+            [
+                {"value": {"reference": {"number": 0}}},
+                {"value": {"import": ["collections", "Counter"]}},
+            ],
+        ),
+        # an exception that skips a test
+        (
+            IN_A_CASE,
+            [
+                {"value": {"reference": {"number": 0}}},
+                {
+                    "raised": {
+                        "type": SKIPPED,
+                        "arguments": [],
+                        "object": {"reference": {"number": 1}},
+                    }
+                },
+            ],
+        ),
+    ],
+)
+def test_the_other_side_does_not_choose_what_the_judge_takes_from_a_library(
+    tests, replies, in_process
+):
+    replies = io.BytesIO(LOADED + b"".join(map(reply, replies)))
+    assert judge._judge(io.BytesIO(), replies, SQUARE, tests) == judge.FAILED
+
+
 # What the program can reach
 
 
