@@ -12,14 +12,47 @@ from .backend import checks_targets
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_tensors(**values) -> None:
+    """Every value is a tensor: not a list, an array, or nothing where something must be."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            continue
+        if value is None:
+            raise ValueError(f"{name} must be a tensor, got None")
+        fix = "torch.from_numpy" if type(value).__module__ == "numpy" else "torch.tensor"
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}: pass {fix}({name})")
+
+
+def check_numbers(**values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+            raise ValueError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+
+
+def check_num_items(num_items: int | float | Tensor | None) -> None:
+    """A count in a denominator: positive and finite, or a scalar tensor, which a GPU keeps."""
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}")
+        if num_items.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        num_items = num_items.item()
+    if num_items is not None:
+        check_positive(num_items=num_items)
+        check_finite(num_items=num_items)
+
+
 def check_positive(**values: float | None) -> None:
     """Every given value is a positive number; infinity passes, None is skipped."""
+    values = {name: value for name, value in values.items() if value is not None}
+    check_numbers(**values)
     for name, value in values.items():
-        if value is not None and not (value > 0):
+        if not (value > 0):
             raise ValueError(f"{name} must be positive, got {value}")
 
 
 def check_finite(**values: float) -> None:
+    check_numbers(**values)
     for name, value in values.items():
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")

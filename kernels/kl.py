@@ -13,24 +13,35 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
+from .limits import (
+    FARTHEST,
+    difference,
+    difference_,
+    expm1_,
+    known,
+    log_ratio,
+    log_ratio_,
+    times_exp,
+    times_exp_,
+)
 
 
 def k1(logp, ref_logp):
     """Unbiased, may be negative. As a loss its gradient is zero in expectation on-policy."""
-    return logp - ref_logp, torch.ones_like(logp)
+    return difference(logp, ref_logp), torch.ones_like(logp)
 
 
 def k2(logp, ref_logp):
     """Biased, low variance. As a loss its on-policy gradient is that of KL(pi || pi_ref)."""
-    difference = logp - ref_logp
-    return 0.5 * difference * difference, difference
+    d = difference(logp, ref_logp)
+    return known(0.5 * d.detach() * d.detach(), (d, d)), d
 
 
 def k3(logp, ref_logp):
     """Unbiased and positive. As a loss its on-policy gradient is that of KL(pi_ref || pi)."""
-    difference = ref_logp - logp
-    excess = torch.expm1(difference)
-    return excess - difference, -excess
+    d = difference(ref_logp, logp)
+    excess = torch.expm1(d.detach())
+    return known(excess - d.detach().clamp(max=FARTHEST), (d, excess)), -excess
 
 
 # name -> (logp, ref_logp) -> (kl, dkl/dlogp)
@@ -48,23 +59,33 @@ def policy_kl_terms(logp, old_logp, ref_logp, kl_estimator: str) -> tuple[Tensor
     """
     if kl_estimator in KL_ESTIMATORS:
         return KL_ESTIMATORS[kl_estimator](logp, ref_logp)
-    kl, _ = k3(logp, ref_logp)
-    ratio = torch.exp(logp - old_logp)
-    return ratio * kl, ratio * (logp - ref_logp)
+    x, d = log_ratio(logp, old_logp), log_ratio(ref_logp, logp)
+    # far out r k3 = pi_ref / pi_old (1 - (1 + d) e^-d), where r may be 0 and k3 infinite
+    far, near = d.detach().clamp(min=1), d.detach().clamp(max=1)
+    both = log_ratio(ref_logp, old_logp)
+    kl = torch.where(
+        d > 1,
+        times_exp(1 - (1 + far) * torch.exp(-far), both),
+        times_exp(torch.expm1(near) - near, x),
+    )
+    dkl_dd = torch.where(
+        d > 1, times_exp(-torch.expm1(-far), both), times_exp(torch.expm1(near), x)
+    )
+    return known(kl, (x, kl), (d, dkl_dd)), times_exp(-d.detach(), x)
 
 
 @triton.jit
 def token_kl(logp, ref_logp, ESTIMATOR: tl.constexpr):
     """The jitted twin of KL_ESTIMATORS[ESTIMATOR]."""
-    difference = logp - ref_logp
+    d = difference_(logp, ref_logp)
     if ESTIMATOR == "k1":
-        kl, dkl = difference, difference * 0 + 1
+        kl, dkl = d, tl.zeros_like(d) + 1
     elif ESTIMATOR == "k2":
-        kl, dkl = 0.5 * difference * difference, difference
+        kl, dkl = 0.5 * d * d, d
     else:
         tl.static_assert(ESTIMATOR == "k3")
-        excess = expm1(-difference)
-        kl, dkl = excess + difference, -excess
+        excess = expm1_(-d)
+        kl, dkl = excess + tl.where(d < -1e30, -1e30, d), -excess
     return kl, dkl
 
 
@@ -72,16 +93,16 @@ def token_kl(logp, ref_logp, ESTIMATOR: tl.constexpr):
 def policy_kl(logp, old_logp, ref_logp, ESTIMATOR: tl.constexpr):
     """The jitted twin of policy_kl_terms."""
     if ESTIMATOR == "k3_ratio":
-        ratio = tl.exp(logp - old_logp)
-        kl, _ = token_kl(logp, ref_logp, "k3")
-        kl, dkl = ratio * kl, ratio * (logp - ref_logp)
+        x = log_ratio_(logp, old_logp)
+        d = log_ratio_(ref_logp, logp)
+        both = log_ratio_(ref_logp, old_logp)
+        near = tl.where(d > 1, 1, d)
+        kl = tl.where(
+            d > 1,
+            times_exp_(1 - (1 + d) * tl.exp(-d), both),
+            times_exp_(expm1_(near) - near, x),
+        )
+        dkl = times_exp_(-d, x)
     else:
         kl, dkl = token_kl(logp, ref_logp, ESTIMATOR)
     return kl, dkl
-
-
-@triton.jit
-def expm1(x):
-    # exp(x) - 1 cancels for small x, where a Taylor series does not
-    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
-    return tl.where(tl.abs(x) < 0.125, series, tl.exp(x) - 1)

@@ -18,6 +18,7 @@ from . import reference
 from .backend import resolve_backend, takes_short_way, tl, triton
 from .checks import check_inplace, check_targets_in_range
 from .kl import policy_kl
+from .limits import held_, known, times_
 from .policy_inputs import prepare_policy
 from .rows import (
     ONE_SWEEP_TILE,
@@ -103,21 +104,22 @@ def _policy_loss_kernel(
         loss, dlogp, clipped = SURROGATE(logp, old_logp, advantage, parameters)
         if Ratio is not None:
             ratio = tl.load(Ratio + row)
-            loss *= ratio
-            dlogp *= ratio
+            loss = times_(ratio, loss)
+            dlogp = times_(ratio, dlogp)
         if RefLogp is not None:
             kl, dkl = policy_kl(logp, old_logp, tl.load(RefLogp + row), KL_ESTIMATOR)
             tl.store(KL + row, kl)
             if beta != 0:
-                loss += beta * kl
-                dlogp += beta * dkl
+                # the surrogate and the KL may overflow towards either side
+                loss = held_(loss) + held_(beta * kl)
+                dlogp = held_(dlogp) + held_(beta * dkl)
         if entropy_coef != 0:
             loss -= entropy_coef * entropy
-        tl.store(Loss + row, loss * weight)
+        tl.store(Loss + row, held_(loss) * weight)
         tl.store(Logp + row, logp)
         tl.store(Entropy + row, entropy)
         tl.store(Clipped + row, clipped)
-        dlogp *= weight
+        dlogp = held_(dlogp * weight)
         # NaN where the target is out of range, and then so is the whole row
         dlogp = tl.where(logp == logp, dlogp, logp)
         if (dlogp != 0) | (entropy_coef != 0):
@@ -424,7 +426,15 @@ def composed_policy_loss(
         old_logp, clipped = share_sequence_ratio(
             logp, old_logp, advantage, mask, options, cu_seqlens
         )
-    terms = policy_terms(logp, entropy, advantage, old_logp, *others, options)
-    loss = torch.where(mask, terms.loss * weight, 0.0).sum()
+        terms = policy_terms(logp, entropy, advantage, old_logp, *others, options)
+        token_loss = terms.loss
+    else:
+        with torch.no_grad():
+            terms = policy_terms(logp, entropy, advantage, old_logp, *others, options)
+        slopes = [(logp, terms.dlogp)]
+        if options.entropy_coef:
+            slopes.append((entropy, torch.full_like(entropy, -options.entropy_coef)))
+        token_loss = known(terms.loss, *slopes)
+    loss = torch.where(mask, token_loss * weight, 0.0).sum()
     kl = None if terms.kl is None else torch.where(mask, terms.kl.detach(), 0.0)
     return PolicyLoss(loss, logp.detach(), entropy.detach(), kl, (terms.clipped | clipped) & mask)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_num_items
 from .preference_loss import (
     PreferenceLoss,
     PreferenceOptions,
@@ -29,6 +30,9 @@ class Answers:
     pair_weight: Tensor | None  # (B,)
     num_items: int | float | Tensor | None = None  # None: B
 
+    def __post_init__(self) -> None:
+        check_num_items(self.num_items)
+
     def loss(
         self, logp: Tensor, options: PreferenceOptions, pairs: slice = slice(None)
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,11 +43,9 @@ class Answers:
         lengths = [self.mask[side][pairs].sum(1) for side in sides]
         refs = [None if self.ref_logp is None else self.ref_logp[side][pairs] for side in sides]
         made = make_pairs(chosen, rejected, *refs, *lengths, options)
-        loss = options.per_pair(made)
-        if self.pair_weight is not None:
-            loss = loss * self.pair_weight[pairs].to(loss.dtype)
+        weight = None if self.pair_weight is None else self.pair_weight[pairs]
         items = max(half, 1) if self.num_items is None else self.num_items
-        return (loss / items).sum(), *options.rewards(made)
+        return options.total(made, weight, items), *options.rewards(made)
 
     def preference_loss(self, logp: Tensor, options: PreferenceOptions) -> PreferenceLoss:
         """From the tokens' logp (2B, T), differentiably."""

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_name
+from .checks import check_finite, check_name, check_num_items, check_positive, check_tensors
+from .limits import FARTHEST, held, log_ratio, sigmoid, times
 from .preference_formulas import F_DIVERGENCES, PREFERENCE_LOSSES, Pairs, Parameters
 
 
@@ -51,11 +52,20 @@ class PreferenceOptions:
         return any(PREFERENCE_LOSSES[name].couples_pairs for name in self.loss_types)
 
     def per_pair(self, pairs: Pairs) -> Tensor:
-        """(B,): the weighted sum of the formulas."""
-        return sum(
+        """(B,): the weighted sum of the formulas; a weight of 0 leaves one out."""
+        terms = [
             weight * PREFERENCE_LOSSES[name].formula(pairs, self.parameters)
             for name, weight in zip(self.loss_types, self.weights, strict=True)
-        )
+            if weight
+        ]
+        return sum(terms) if terms else 0 * pairs.chosen_logp
+
+    def total(self, pairs: Pairs, pair_weight: Tensor | None, items: int | float | Tensor):
+        """The scalar: the pairs' losses, weighted, over `items`."""
+        loss = self.per_pair(pairs)
+        if pair_weight is not None:
+            loss = times(pair_weight.detach().to(loss.dtype), loss)
+        return held(loss).sum() / items
 
     def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Detached (B,) of chosen and rejected."""
@@ -81,11 +91,13 @@ def preference_options(
     for name in names:
         check_name("loss_type", name, PREFERENCE_LOSSES)
     weights = (1.0,) * len(names) if loss_weights is None else tuple(map(float, loss_weights))
+    check_finite(**{f"loss_weights[{i}]": weight for i, weight in enumerate(weights)})
     if len(weights) != len(names):
         raise ValueError(
             f"loss_weights must have an entry for each of the {len(names)} loss types, it has "
             f"{len(weights)}"
         )
+    check_finite(f_alpha_divergence_coef=f_alpha_divergence_coef, **parameters)
     numbers = Parameters(**parameters)
     _check_parameters(names, numbers)
     check_name("f_divergence_type", f_divergence_type, F_DIVERGENCES)
@@ -99,9 +111,7 @@ def preference_options(
 
 
 def _check_parameters(names: tuple[str, ...], parameters: Parameters) -> None:
-    for name in ("beta", "discopop_tau"):
-        if not getattr(parameters, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(parameters, name)}")
+    check_positive(beta=parameters.beta, discopop_tau=parameters.discopop_tau)
     smoothing = parameters.label_smoothing
     limit = 0.5 if "robust" in names else 1.0
     if not 0 <= smoothing < limit:
@@ -121,22 +131,30 @@ def make_pairs(
     options: PreferenceOptions,
 ) -> Pairs:
     """What the formulas ask about, in at least float32."""
-    wide = chosen_logp.dtype if chosen_logp.dtype == torch.float64 else torch.float32
-    chosen_logp, rejected_logp = chosen_logp.to(wide), rejected_logp.to(wide)
-    chosen, rejected = chosen_logp, rejected_logp
+    wide = _wide(chosen_logp)
+    # a banned token's -inf becomes a number, with which every formula has a value
+    logps = [x.to(wide).clamp(min=-FARTHEST) for x in (chosen_logp, rejected_logp)]
+    ratios = logps
     if options.uses_reference:
-        chosen = chosen_logp - ref_chosen_logp.detach().to(wide)
-        rejected = rejected_logp - ref_rejected_logp.detach().to(wide)
-    score = F_DIVERGENCES[options.f_divergence_type]
-    alpha = options.f_alpha_divergence_coef
+        ratios = [
+            log_ratio(logp.to(wide), ref_logp.detach().to(wide))
+            for logp, ref_logp in (
+                (chosen_logp, ref_chosen_logp),
+                (rejected_logp, ref_rejected_logp),
+            )
+        ]
     lengths = (
-        None if length is None else length.to(wide).clamp(min=1)
-        for length in (chosen_length, rejected_length)
+        None if length is None else length.to(wide) for length in (chosen_length, rejected_length)
     )
     return Pairs(
-        chosen_logp, rejected_logp, chosen, rejected, score(chosen, alpha), score(rejected, alpha),
-        *lengths,
+        *logps, *ratios, *lengths, F_DIVERGENCES[options.f_divergence_type],
+        options.f_alpha_divergence_coef,
     )  # fmt: skip
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """float64 where x is that, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def preference_loss(
@@ -203,15 +221,14 @@ def preference_loss(
         "pair_weight": pair_weight,
     }
     _check_given(chosen_logp, given, options)
+    check_num_items(num_items)
     pairs = make_pairs(
         chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_length,
         rejected_length, options,
     )  # fmt: skip
-    loss = options.per_pair(pairs)
-    if pair_weight is not None:
-        loss = loss * pair_weight.detach().to(loss.dtype)
-    loss = loss.sum() / (max(len(chosen_logp), 1) if num_items is None else num_items)
-    logps = pairs.chosen_logp.detach(), pairs.rejected_logp.detach()
+    items = max(len(chosen_logp), 1) if num_items is None else num_items
+    loss = options.total(pairs, pair_weight, items)
+    logps = (x.detach().to(_wide(chosen_logp)) for x in (chosen_logp, rejected_logp))
     return PreferenceLoss(loss, *options.rewards(pairs), *logps)
 
 
@@ -219,6 +236,8 @@ def _check_given(
     chosen_logp: Tensor, given: dict[str, Tensor | None], options: PreferenceOptions
 ) -> None:
     names = ", ".join(options.loss_types)
+    needed = {"chosen_logp": chosen_logp, "rejected_logp": given["rejected_logp"]}
+    check_tensors(**{k: v for k, v in given.items() if v is not None} | needed)
     if chosen_logp.dim() != 1:
         raise ValueError(
             f"chosen_logp must have shape (B,), one sum an answer, got {tuple(chosen_logp.shape)}"
@@ -266,13 +285,17 @@ def kto_loss(
     Raises:
         ValueError: shapes that differ, desirable not bool, a parameter that is not positive.
     """
-    for name, value in (
-        ("beta", beta),
-        ("desirable_weight", desirable_weight),
-        ("undesirable_weight", undesirable_weight),
-    ):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    numbers = {
+        "beta": beta,
+        "desirable_weight": desirable_weight,
+        "undesirable_weight": undesirable_weight,
+    }
+    check_positive(**numbers)
+    check_finite(**numbers)
+    check_num_items(num_items)
+    check_tensors(logp=logp, ref_logp=ref_logp, desirable=desirable)
+    if logp.dim() != 1:
+        raise ValueError(f"logp must have shape (B,), one sum an answer, got {tuple(logp.shape)}")
     for name, tensor in (("ref_logp", ref_logp), ("desirable", desirable)):
         if tensor.shape != logp.shape:
             raise ValueError(
@@ -281,10 +304,14 @@ def kto_loss(
             )
     if desirable.dtype != torch.bool:
         raise ValueError(f"desirable must be bool, got {desirable.dtype}")
-    logp = logp if logp.dtype == torch.float64 else logp.float()
+    logp = logp.to(_wide(logp))
     kl = torch.as_tensor(kl, dtype=logp.dtype, device=logp.device).detach().clamp(min=0)
-    gain = logp - ref_logp.detach().to(logp.dtype) - kl
-    sign = torch.where(desirable, 1.0, -1.0).to(logp.dtype)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(logp.dtype)
-    loss = weight * (1 - torch.sigmoid(beta * sign * gain))
+    if kl.dim() and kl.shape != logp.shape:
+        raise ValueError(
+            f"kl must be a number or have the shape of logp, {tuple(logp.shape)}, got "
+            f"{tuple(kl.shape)}"
+        )
+    gain = log_ratio(logp, ref_logp.detach().to(logp.dtype)) - kl
+    weight = torch.full_like(gain, undesirable_weight).masked_fill(desirable, desirable_weight)
+    loss = weight * sigmoid(-beta * torch.where(desirable, gain, -gain))
     return loss.sum() / (max(len(logp), 1) if num_items is None else num_items)

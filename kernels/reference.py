@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Matrix, rows_per_block, select_rows, statistics_dtype, without_autocast
+from .limits import held
 from .surrogates import policy_terms
 
 SUMMED = 1024  # terms of a sum that one thread takes
@@ -256,7 +257,9 @@ def _gradient(p, target, at_target, at_softmax, entropy_part, temperature):
     """
     target = target.long()
     inside = (target >= 0) & (target < p.shape[-1])
-    at_softmax = torch.where(inside, at_softmax, torch.nan) / temperature
+    # held, so that the probability 0 of another token times it is 0
+    at_target, at_softmax = held(at_target / temperature), held(at_softmax / temperature)
+    at_softmax = torch.where(inside, at_softmax, torch.nan)
     if entropy_part is None:
         p.mul_(at_softmax[:, None])
     else:
@@ -265,4 +268,4 @@ def _gradient(p, target, at_target, at_softmax, entropy_part, temperature):
         x.clamp_(min=FLOOR).mul_(-at_entropy[:, None])
         p.mul_(x.add_((at_softmax - at_entropy * offset)[:, None]))
     column = torch.where(inside, target, 0)[:, None]
-    return p.scatter_add_(-1, column, (at_target / temperature)[:, None])
+    return p.scatter_add_(-1, column, at_target[:, None])

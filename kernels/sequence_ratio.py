@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .aggregation import sequence_ids
+from .limits import FARTHEST, log_ratio
 from .surrogates import SURROGATES, PolicyOptions
 
 
@@ -42,9 +43,9 @@ def share_sequence_ratio(
     is then s's, which spreads over the sequence, while a logp beside a detached r keeps its own.
     """
     old_logp = logp.detach() if old_logp is None else old_logp
-    log_ratio = torch.where(mask, logp - old_logp, 0.0)
+    x = torch.where(mask, log_ratio(logp, old_logp), 0.0)
     clip_token = SURROGATES[options.surrogate].clip_token
     clipped = torch.zeros_like(mask)
     if clip_token is not None:
-        log_ratio, clipped = clip_token(log_ratio, advantage, options.parameters)
-    return logp - sequence_mean(log_ratio, mask, cu_seqlens), clipped
+        x, clipped = clip_token(x, advantage, options.parameters)
+    return logp.clamp(min=-FARTHEST) - sequence_mean(x, mask, cu_seqlens), clipped

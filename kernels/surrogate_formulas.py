@@ -2,7 +2,10 @@
 
 (logp, old_logp, advantage, parameters) -> (loss, dloss/dlogp, clipped), elementwise, with
 r = exp(logp - old_logp). clipped is true where a clip holds the gradient at zero. Autograd through
-a PyTorch formula gives the same derivative: what is a constant to it is detached.
+a PyTorch formula gives the same derivative: `known` attaches it to the log-ratio, or to logp where
+the ratio is a constant.
+
+A token of advantage 0 has no loss, however large its ratio, and a clipped one no gradient.
 """
 
 from __future__ import annotations
@@ -10,7 +13,16 @@ from __future__ import annotations
 import torch
 
 from .backend import tl, triton
-from .kl import expm1, k3, token_kl
+from .limits import (
+    expm1_,
+    known,
+    log_ratio,
+    log_ratio_,
+    times,
+    times_,
+    times_exp,
+    times_exp_,
+)
 
 
 def _nowhere(logp):
@@ -19,12 +31,12 @@ def _nowhere(logp):
 
 def reinforce(logp, old_logp, advantage, parameters):
     """loss = -A log pi(a|s): the policy gradient theorem (Williams 1992, eq. 3; Sutton 2000)."""
-    return -advantage * logp, -advantage, _nowhere(logp)
+    return times(-advantage, logp), -advantage, _nowhere(logp)
 
 
 @triton.jit
 def _reinforce(logp, old_logp, advantage, parameters):
-    return -advantage * logp, -advantage, logp < logp
+    return times_(-advantage, logp), -advantage, logp < logp
 
 
 def ppo_clip(logp, old_logp, advantage, parameters):
@@ -32,55 +44,62 @@ def ppo_clip(logp, old_logp, advantage, parameters):
 
     PPO (arXiv:1707.06347) eq. 7; epsilon_high apart from epsilon is clip-higher (DAPO,
     arXiv:2503.14476, eq. 10). For A < 0 the objective is bounded below by delta * A: dual clip
-    (arXiv:1912.09729, eq. 5), off where delta is infinite. `held` is the ratio, or the constant
-    wherever the minimum picks it; there the gradient is zero. At sequence level it is GSPO
+    (arXiv:1912.09729, eq. 5), off where delta is infinite. `bound` stands for the ratio wherever
+    the minimum picks it; there the gradient is zero. At sequence level it is GSPO
     (arXiv:2507.18071) eq. 5.
     """
     epsilon, epsilon_high, delta = parameters
-    ratio = torch.exp(logp - old_logp)
+    x = log_ratio(logp, old_logp)
+    ratio = torch.exp(x.detach())
     too_high = (advantage > 0) & (ratio > 1 + epsilon_high)
     too_low = (advantage < 0) & (ratio < 1 - epsilon)
     too_bad = (advantage < 0) & (ratio > delta)
-    held = torch.where(too_bad, delta, ratio)
-    held = torch.where(too_low, 1 - epsilon, held)
-    held = torch.where(too_high, 1 + epsilon_high, held)
     clipped = too_high | too_low | too_bad
-    return -advantage * held, torch.where(clipped, 0.0, -advantage * ratio), clipped
+    bound = torch.where(too_low, min(1 - epsilon, delta), torch.full_like(x, delta))
+    bound = torch.where(too_high, 1 + epsilon_high, bound)
+    free = times_exp(-advantage, x)
+    slope = torch.where(clipped, 0.0, free)
+    return known(torch.where(clipped, -advantage * bound, free), (x, slope)), slope, clipped
 
 
 @triton.jit
 def _ppo_clip(logp, old_logp, advantage, parameters):
     epsilon, epsilon_high, delta = parameters
-    ratio = tl.exp(logp - old_logp)
+    x = log_ratio_(logp, old_logp)
+    ratio = tl.exp(x)
     too_high = (advantage > 0) & (ratio > 1 + epsilon_high)
     too_low = (advantage < 0) & (ratio < 1 - epsilon)
     too_bad = (advantage < 0) & (ratio > delta)
-    held = tl.where(too_bad, delta, ratio)
-    held = tl.where(too_low, 1 - epsilon, held)
-    held = tl.where(too_high, 1 + epsilon_high, held)
     clipped = too_high | too_low | too_bad
-    return -advantage * held, tl.where(clipped, 0.0, -advantage * ratio), clipped
+    bound = tl.where(too_low, tl.minimum(1 - epsilon, delta), delta)
+    bound = tl.where(too_high, 1 + epsilon_high, bound)
+    free = times_exp_(-advantage, x)
+    return tl.where(clipped, -advantage * bound, free), tl.where(clipped, 0.0, free), clipped
 
 
 def ppo_penalty(logp, old_logp, advantage, parameters):
     """loss = -r A + kl_coef KL(pi_old || pi): PPO (arXiv:1707.06347) eq. 8.
 
     The KL is estimated from pi_old's own samples, unbiased and positive, by r - 1 - log r
-    (Schulman 2020, "Approximating KL divergence"); its derivative is r - 1.
+    (Schulman 2020, "Approximating KL divergence"). Summed as (kl_coef - A) (r - 1) - A - kl_coef
+    log r, which two infinities of r would not be.
     """
-    ratio = torch.exp(logp - old_logp)
-    # k3's own derivative belongs to its first argument, the policy that sampled
-    kl, minus_dkl = k3(old_logp, logp)
-    loss = -advantage * ratio + parameters[0] * kl
-    return loss, -advantage * ratio - parameters[0] * minus_dkl, _nowhere(logp)
+    x, kl_coef = log_ratio(logp, old_logp), parameters[0]
+    excess = kl_coef - advantage
+    near = excess * torch.expm1(x.detach().clamp(max=1))
+    grown = torch.where(x > 1, times_exp(excess, x) - excess, near)
+    slope = grown - advantage
+    return known(slope - kl_coef * x.detach(), (x, slope)), slope, _nowhere(logp)
 
 
 @triton.jit
 def _ppo_penalty(logp, old_logp, advantage, parameters):
-    ratio = tl.exp(logp - old_logp)
-    kl, minus_dkl = token_kl(old_logp, logp, "k3")
-    loss = -advantage * ratio + parameters[0] * kl
-    return loss, -advantage * ratio - parameters[0] * minus_dkl, logp < logp
+    x = log_ratio_(logp, old_logp)
+    kl_coef = parameters[0]
+    excess = kl_coef - advantage
+    near = excess * expm1_(tl.where(x > 1, 1, x))
+    grown = tl.where(x > 1, times_exp_(excess, x) - excess, near)
+    return grown - advantage - kl_coef * x, grown - advantage, logp < logp
 
 
 def cispo(logp, old_logp, advantage, parameters):
@@ -90,18 +109,15 @@ def cispo(logp, old_logp, advantage, parameters):
     no gradient, so `clipped` is false throughout.
     """
     epsilon, epsilon_high = parameters
-    weight = torch.exp(logp - old_logp).detach().clamp(1 - epsilon, 1 + epsilon_high)
-    return -weight * advantage * logp, -weight * advantage, _nowhere(logp)
+    slope = _bounded(logp, old_logp, -advantage, 1 - epsilon, 1 + epsilon_high)
+    return times(slope, logp), slope, _nowhere(logp)
 
 
 @triton.jit
 def _cispo(logp, old_logp, advantage, parameters):
     epsilon, epsilon_high = parameters
-    weight = tl.exp(logp - old_logp)
-    # comparisons, unlike minimum and maximum, leave a NaN what it is
-    weight = tl.where(weight < 1 - epsilon, 1 - epsilon, weight)
-    weight = tl.where(weight > 1 + epsilon_high, 1 + epsilon_high, weight)
-    return -weight * advantage * logp, -weight * advantage, logp < logp
+    slope = _bounded_(logp, old_logp, -advantage, 1 - epsilon, 1 + epsilon_high)
+    return times_(slope, logp), slope, logp < logp
 
 
 def cispo_abs(logp, old_logp, advantage, parameters):
@@ -110,15 +126,31 @@ def cispo_abs(logp, old_logp, advantage, parameters):
     The reading of TRL's loss_type "cispo", as in ScaleRL (arXiv:2510.13786), whose bound is 4 to
     8. A clip of 0.2, sensible elsewhere, would here scale every gradient by 0.2.
     """
-    weight = torch.exp(logp - old_logp).detach().clamp(max=parameters[0])
-    return -weight * advantage * logp, -weight * advantage, _nowhere(logp)
+    slope = _bounded(logp, old_logp, -advantage, 0.0, parameters[0])
+    return times(slope, logp), slope, _nowhere(logp)
 
 
 @triton.jit
 def _cispo_abs(logp, old_logp, advantage, parameters):
-    weight = tl.exp(logp - old_logp)
-    weight = tl.where(weight > parameters[0], parameters[0], weight)
-    return -weight * advantage * logp, -weight * advantage, logp < logp
+    slope = _bounded_(logp, old_logp, -advantage, 0.0, parameters[0])
+    return times_(slope, logp), slope, logp < logp
+
+
+def _bounded(logp, old_logp, factor, low, high):
+    """factor * clip(r, low, high), without gradient; NaN where r is."""
+    x = log_ratio(logp, old_logp)
+    ratio = torch.exp(x.detach())
+    product = torch.where(ratio < low, factor * low, times_exp(factor, x))
+    return torch.where(ratio > high, factor * high, product)
+
+
+@triton.jit
+def _bounded_(logp, old_logp, factor, low, high):
+    """The jitted twin of `_bounded`."""
+    x = log_ratio_(logp, old_logp)
+    ratio = tl.exp(x)
+    product = tl.where(ratio < low, factor * low, times_exp_(factor, x))
+    return tl.where(ratio > high, factor * high, product)
 
 
 # exp of more overflows float32; the soft gate has long closed by then
@@ -133,22 +165,28 @@ def sapo(logp, old_logp, advantage, parameters):
     """
     tau_pos, tau_neg = parameters
     tau = torch.where(advantage > 0, tau_pos, torch.full_like(logp, tau_neg))
-    ratio = torch.exp((logp - old_logp).clamp(max=FAR))
-    gate = torch.sigmoid(tau * (ratio - 1))
-    slope = 4 * gate * torch.sigmoid(tau * (1 - ratio))
-    return -advantage * gate * (4 / tau), -advantage * slope * ratio, _nowhere(logp)
+    x = log_ratio(logp, old_logp)
+    near = x.detach().clamp(max=FAR)
+    distance = tau * torch.expm1(near)
+    # the smaller of p and 1 - p: the larger loses it in rounding
+    tail = torch.sigmoid(-distance.abs())
+    gate = torch.where(distance > 0, 1 - tail, tail)
+    slope = -4 * advantage * tail * (1 - tail) * torch.exp(near)
+    return known(-4 * advantage * gate / tau, (x, slope)), slope, _nowhere(logp)
 
 
 @triton.jit
 def _sapo(logp, old_logp, advantage, parameters):
     tau_pos, tau_neg = parameters
     tau = tl.where(advantage > 0, tau_pos, tau_neg)
-    log_ratio = logp - old_logp
-    ratio = tl.exp(tl.where(log_ratio > 80.0, 80.0, log_ratio))
-    shut = tl.exp(tau * (1 - ratio))
-    gate = 1 / (1 + shut)
-    slope = 4 * gate * shut * gate
-    return -advantage * gate * (4 / tau), -advantage * slope * ratio, logp < logp
+    x = log_ratio_(logp, old_logp)
+    near = tl.where(x > 80.0, 80.0, x)
+    distance = tau * expm1_(near)
+    shut = tl.exp(-tl.abs(distance))
+    tail = shut / (1 + shut)
+    gate = tl.where(distance > 0, 1 - tail, tail)
+    slope = -4 * advantage * tail * (1 - tail) * tl.exp(near)
+    return -4 * advantage * gate / tau, slope, logp < logp
 
 
 def dppo_tv(logp, old_logp, advantage, parameters):
@@ -158,21 +196,29 @@ def dppo_tv(logp, old_logp, advantage, parameters):
     token is dropped where A > 0 and pi - pi_old > epsilon_high, or A < 0 and pi_old - pi > epsilon.
     """
     epsilon, epsilon_high = parameters
-    ratio = torch.exp(logp - old_logp)
-    rise = torch.exp(logp) - torch.exp(old_logp)
+    x = log_ratio(logp, old_logp)
+    # pi - pi_old as the larger times the share that the other lacks
+    lacks = -torch.expm1(-x.detach().abs()) * x.detach().sign()
+    rise = times_exp(lacks, torch.maximum(logp, old_logp))
     dropped = ((advantage > 0) & (rise > epsilon_high)) | ((advantage < 0) & (rise < -epsilon))
-    loss = torch.where(dropped, 0.0, -advantage * ratio)
-    return loss, loss, dropped
+    loss = torch.where(dropped, 0.0, times_exp(-advantage, x))
+    return known(loss, (x, loss)), loss, dropped
 
 
 @triton.jit
 def _dppo_tv(logp, old_logp, advantage, parameters):
     epsilon, epsilon_high = parameters
-    ratio = tl.exp(logp - old_logp)
-    rise = tl.exp(logp) - tl.exp(old_logp)
+    x = log_ratio_(logp, old_logp)
+    lacks = -expm1_(-tl.abs(x)) * _sign(x)
+    rise = times_exp_(lacks, tl.maximum(logp, old_logp))
     dropped = ((advantage > 0) & (rise > epsilon_high)) | ((advantage < 0) & (rise < -epsilon))
-    loss = tl.where(dropped, 0.0, -advantage * ratio)
+    loss = tl.where(dropped, 0.0, times_exp_(-advantage, x))
     return loss, loss, dropped
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
 
 # stands for the probability of all other tokens where rounding leaves none of it
@@ -186,32 +232,32 @@ def dppo_kl(logp, old_logp, advantage, parameters):
     bounded by epsilon_high where A > 0 and p > q, and by epsilon where A < 0 and p < q.
     """
     epsilon, epsilon_high = parameters
-    ratio = torch.exp(logp - old_logp)
-    rest, old_rest = (-torch.expm1(x).clamp(max=-LEAST) for x in (logp, old_logp))
-    kl = torch.exp(old_logp) * (old_logp - logp) + old_rest * torch.log(old_rest / rest)
-    too_high = (advantage > 0) & (logp > old_logp) & (kl > epsilon_high)
-    too_low = (advantage < 0) & (logp < old_logp) & (kl > epsilon)
-    loss = torch.where(too_high | too_low, 0.0, -advantage * ratio)
-    return loss, loss, too_high | too_low
+    x = log_ratio(logp, old_logp)
+    rest, old_rest = (-torch.expm1(y).clamp(max=-LEAST) for y in (logp, old_logp))
+    kl = times_exp(-x.detach(), old_logp) + old_rest * torch.log(old_rest / rest)
+    too_high = (advantage > 0) & (x > 0) & (kl > epsilon_high)
+    too_low = (advantage < 0) & (x < 0) & (kl > epsilon)
+    loss = torch.where(too_high | too_low, 0.0, times_exp(-advantage, x))
+    return known(loss, (x, loss)), loss, too_high | too_low
 
 
 @triton.jit
 def _dppo_kl(logp, old_logp, advantage, parameters):
     epsilon, epsilon_high = parameters
-    ratio = tl.exp(logp - old_logp)
+    x = log_ratio_(logp, old_logp)
     rest = _rest(logp)
     old_rest = _rest(old_logp)
-    kl = tl.exp(old_logp) * (old_logp - logp) + old_rest * tl.log(old_rest / rest)
-    too_high = (advantage > 0) & (logp > old_logp) & (kl > epsilon_high)
-    too_low = (advantage < 0) & (logp < old_logp) & (kl > epsilon)
-    loss = tl.where(too_high | too_low, 0.0, -advantage * ratio)
+    kl = times_exp_(-x, old_logp) + old_rest * tl.log(old_rest / rest)
+    too_high = (advantage > 0) & (x > 0) & (kl > epsilon_high)
+    too_low = (advantage < 0) & (x < 0) & (kl > epsilon)
+    loss = tl.where(too_high | too_low, 0.0, times_exp_(-advantage, x))
     return loss, loss, too_high | too_low
 
 
 @triton.jit
 def _rest(logp):
     """1 - exp(logp), at least LEAST."""
-    rest = -expm1(logp)
+    rest = -expm1_(logp)
     return tl.where(rest < 1e-12, 1e-12, rest)
 
 
@@ -220,19 +266,18 @@ def kl_cov(logp, old_logp, advantage, parameters):
 
     KL-Cov (arXiv:2505.22617): the others go unpenalized, by "ppo_clip" with epsilon infinite.
     """
-    log_ratio = logp - old_logp
-    ratio = torch.exp(log_ratio)
-    loss = -advantage * ratio + parameters[0] * log_ratio.abs()
-    return loss, -advantage * ratio + parameters[0] * log_ratio.sign(), _nowhere(logp)
+    x = log_ratio(logp, old_logp)
+    free = times_exp(-advantage, x)
+    slope = free + parameters[0] * x.detach().sign()
+    loss = free + parameters[0] * x.detach().abs()
+    return known(loss, (x, slope)), slope, _nowhere(logp)
 
 
 @triton.jit
 def _kl_cov(logp, old_logp, advantage, parameters):
-    log_ratio = logp - old_logp
-    ratio = tl.exp(log_ratio)
-    sign = tl.where(log_ratio > 0, 1.0, tl.where(log_ratio < 0, -1.0, 0.0))
-    loss = -advantage * ratio + parameters[0] * tl.abs(log_ratio)
-    return loss, -advantage * ratio + parameters[0] * sign, logp < logp
+    x = log_ratio_(logp, old_logp)
+    free = times_exp_(-advantage, x)
+    return free + parameters[0] * tl.abs(x), free + parameters[0] * _sign(x), logp < logp
 
 
 def gmpo(logp, old_logp, advantage, parameters):
@@ -240,8 +285,9 @@ def gmpo(logp, old_logp, advantage, parameters):
 
     GMPO (arXiv:2507.20673). `gmpo_clip` has clipped each token's log-ratio before the mean.
     """
-    ratio = torch.exp(logp - old_logp)
-    return -advantage * ratio, -advantage * ratio, _nowhere(logp)
+    x = log_ratio(logp, old_logp)
+    slope = times_exp(-advantage, x)
+    return known(slope, (x, slope)), slope, _nowhere(logp)
 
 
 def gmpo_clip(log_ratio, advantage, parameters):

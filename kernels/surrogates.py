@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import surrogate_formulas as formulas
 from .kl import policy_kl_terms
+from .limits import held, times
 
 LEVELS = ("token", "sequence")
 
@@ -118,18 +119,21 @@ def policy_terms(
 ) -> PolicyTerms:
     """loss = ratio_is * surrogate + beta * KL(pi || ref) - entropy_coef * H, elementwise.
 
-    Without old_logp the sampling policy is the present one: its value, not its gradient.
+    Without old_logp the sampling policy is the present one: its value, not its gradient. What
+    lies beyond the dtype is its largest number, so that tokens of both signs add up.
     """
     old_logp = logp.detach() if old_logp is None else old_logp
     formula = SURROGATES[options.surrogate].torch
     loss, dlogp, clipped = formula(logp, old_logp, advantage, options.parameters)
     if importance_sampling_ratio is not None:
-        loss, dlogp = loss * importance_sampling_ratio, dlogp * importance_sampling_ratio
+        loss, dlogp = (times(importance_sampling_ratio, x) for x in (loss, dlogp))
     kl = None
     if ref_logp is not None:
         kl, dkl = policy_kl_terms(logp, old_logp, ref_logp, options.kl_estimator)
         if options.beta:
-            loss, dlogp = loss + options.beta * kl, dlogp + options.beta * dkl
+            # the surrogate and the KL may overflow towards either side
+            loss = held(loss) + held(options.beta * kl)
+            dlogp = held(dlogp) + held(options.beta * dkl)
     if options.entropy_coef:
         loss = loss - options.entropy_coef * entropy
-    return PolicyTerms(loss, dlogp, kl, clipped)
+    return PolicyTerms(held(loss), held(dlogp), kl, clipped)

@@ -363,3 +363,83 @@ def test_a_reference_cannot_be_left_out_nor_sums_be_tokens():
         rl.preference_loss(chosen[None], rejected[None])
     with pytest.raises(ValueError, match="desirable must be bool"):
         rl.kto_loss(chosen, rejected, torch.ones(B))
+
+
+def orpo(chosen, rejected, chosen_length=1, rejected_length=1, **options):
+    """(loss, dchosen, drejected) of one pair, beta 0.1."""
+    leaves = [torch.tensor([x], requires_grad=True) for x in (chosen, rejected)]
+    lengths = [torch.tensor([n]) for n in (chosen_length, rejected_length)]
+    out = rl.preference_loss(
+        *leaves, loss_type="orpo", chosen_length=lengths[0], rejected_length=lengths[1]
+    )
+    gradients = torch.autograd.grad(out.loss, leaves)
+    return out.loss.item(), *(g.item() for g in gradients)
+
+
+def test_orpo_of_a_sure_answer_is_its_limit():
+    # d/dc log(1 + (1 - p_c) / p_c q), q the rejected odds, is -q at p_c = 1
+    odds = math.exp(-1) / (1 - math.exp(-1))
+    for chosen in (-1e-3, -1e-8, -1e-30, 0.0):
+        loss, dchosen, _ = orpo(chosen, -1.0)
+        assert loss == pytest.approx(
+            -chosen + 0.1 * math.log1p(-math.expm1(chosen) * odds), abs=1e-7
+        )
+        assert dchosen == pytest.approx(-1 - 0.1 * odds, rel=1e-3)
+    # a sure rejected answer: 1 - p counts as 2^-100
+    loss, _, drejected = orpo(-1.0, 0.0)
+    log_odds = -math.log(math.e - 1) - 100 * math.log(2)
+    assert loss == pytest.approx(1 - 0.1 * log_odds) and 0 < drejected < math.inf
+    assert orpo(0.0, 0.0)[0] == pytest.approx(0.1 * math.log(2))
+
+
+def test_orpo_takes_a_pair_with_an_empty_answer_for_a_tie():
+    for rejected_length in (0, 1):
+        loss, dchosen, drejected = orpo(0.0, -0.0, 0, rejected_length)
+        assert loss == pytest.approx(0.1 * math.log(2)) and drejected == 0 and dchosen == -1
+    loss, dchosen, drejected = orpo(-2.0, 0.0, 1, 0)
+    assert loss == pytest.approx(2 + 0.1 * math.log(2)) and (dchosen, drejected) == (-1, 0)
+
+
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+def test_a_banned_token_leaves_its_pair_alone(name):
+    logp = [x.float() for x in sums(3)]
+    logp[0][0] = logp[1][1] = -math.inf
+    leaves = [x.requires_grad_() for x in logp[:2]]
+    if PREFERENCE_LOSSES[name].couples_pairs:
+        pytest.skip("its pairs are sorted among each other")
+    out = rl.preference_loss(*leaves, *given(name, logp)[2:], loss_type=name, **lengths(3))
+    gradients = torch.autograd.grad(out.loss, leaves, materialize_grads=True)
+    assert not out.loss.isnan()
+    for gradient, x in zip(gradients, leaves, strict=True):
+        assert gradient.isfinite().all() and not gradient[x.isinf()].any()
+
+
+@pytest.mark.parametrize("num_items", [0, -1, math.nan, math.inf, torch.tensor(-2), [3]])
+def test_num_items_must_be_a_positive_number(num_items):
+    x = torch.zeros(B)
+    hidden, weight, ids = torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3).long()
+    for call in (
+        lambda: rl.preference_loss(x, x, x, x, num_items=num_items),
+        lambda: rl.kto_loss(x, x, x == 0, num_items=num_items),
+        lambda: rl.linear_preference_loss(
+            hidden, weight, ids, ids == 0, torch.zeros(2), num_items=num_items
+        ),
+    ):
+        with pytest.raises(ValueError, match="num_items must be"):
+            call()
+
+
+def test_ktos_weights_keep_the_precision_of_its_inputs():
+    x, desirable = torch.zeros(2, dtype=torch.float64), torch.tensor([True, False])
+    loss = rl.kto_loss(x, x, desirable, desirable_weight=0.1, undesirable_weight=0.3)
+    assert loss.item() == (0.1 * 0.5 + 0.3 * 0.5) / 2
+
+
+def test_an_option_that_is_no_finite_number_is_refused():
+    x = torch.zeros(B)
+    for options in ({"beta": math.inf}, {"beta": math.nan}, {"loss_weights": [math.nan]}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            rl.preference_loss(x, x, x, x, **options)
+    for bad in ({"simpo_gamma": math.nan}, {"cpo_alpha": math.inf}, {"beta": "0.1"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            rl.preference_loss(x, x, x, x, **bad)

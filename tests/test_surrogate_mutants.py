@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -34,6 +35,7 @@ def surrogate_checks(op: Callable, backend: str, first: str = "") -> Iterator[Ca
         inputs.options |= {"importance_sampling_level": level, **options}
         return partial(check_policy_loss, op, inputs, device=DEVICE, backend=backend)
 
+    yield partial(assert_overflow_keeps_its_place, op, backend)
     if backend == "triton" or DEVICE != "cpu":
         yield partial(assert_a_target_out_of_range_shows, op, backend)
     if backend == "torch" or "dppo_kl" in first:
@@ -61,6 +63,46 @@ def assert_a_target_out_of_range_shows(op: Callable, backend: str) -> None:
     target, advantage = torch.tensor([3, 30], device=DEVICE), torch.ones(2, device=DEVICE)
     loss = op(z, target, advantage, surrogate="reinforce", backend=backend).loss
     assert torch.autograd.grad(loss, z)[0][1].isnan().all()
+
+
+def assert_overflow_keeps_its_place(op: Callable, backend: str) -> None:
+    """Of e^100 or e^1000: nothing from no advantage or a clip; the product where it is finite."""
+    z = torch.tensor([[0.0, 0, -200], [0.0, 0, -200]], device=DEVICE)
+    target = torch.zeros(2, dtype=torch.long, device=DEVICE)
+    old_logp, lower = (torch.full((2,), x, device=DEVICE) for x in (-100.0, -1000.0))
+
+    def run(advantage, logits=z, **options):
+        leaf = logits.clone().requires_grad_()
+        given = {"old_logp": old_logp[: len(logits)], "backend": backend, **options}
+        advantage = torch.tensor(advantage, device=DEVICE)
+        loss = op(leaf, target[: len(logits)], advantage, **given).loss
+        return loss.item(), torch.autograd.grad(loss, leaf)[0].cpu()
+
+    for surrogate in ("ppo_clip", "sapo", "dppo_tv", "dppo_kl"):
+        assert run([0.0, 1.0], surrogate=surrogate, old_logp=lower)[1].isfinite().all()
+    loss, dz = run([0.0, 0.0], old_logp=lower)
+    assert loss == 0 and not dz.any()
+    small = 1e-30  # times e^99.3 it is 1.3e13
+    loss, dz = run([-small, 0.0], num_items=1)
+    assert abs(loss / (small * math.exp(100) / 2) - 1) < 1e-3
+    assert abs(dz[0, 0].item() / (small * math.exp(100) / 4) - 1) < 1e-3 and not dz[1].any()
+    loss, dz = run([-1.0, 0.0])
+    assert loss > 1e37 and not dz.isnan().any()
+    penalty = {"surrogate": "ppo_penalty", "surrogate_params": {"kl_coef": 2.0}}
+    loss, dz = run([2.0, 2.0], **penalty)
+    assert abs(loss - (-2 - 2 * (100 - math.log(2)))) < 1e-3 and dz.isfinite().all()
+    taus = {"tau_pos": 100.0, "tau_neg": 100.0}
+    far = {"old_logp": torch.zeros(1, device=DEVICE), "surrogate_params": taus}
+    assert run([1.0], z[:1] - z[:1] * 0.0, surrogate="sapo", **far)[1].isfinite().all()
+    if backend == "torch":
+        # a clipped or unweighted sequence, where autograd goes through the formula
+        shared = {"importance_sampling_level": "sequence", "old_logp": lower[None]}
+        for advantage, ratio in ((1.0, 1.0), (-1.0, 0.0)):
+            advantage, ratio = (torch.full((1, 2), x, device=DEVICE) for x in (advantage, ratio))
+            leaf = z[None].clone().requires_grad_()
+            out = op(leaf, target[None], advantage, importance_sampling_ratio=ratio,
+                     backend=backend, **shared)  # fmt: skip
+            assert not torch.autograd.grad(out.loss, leaf)[0].any()
 
 
 def test_unchanged_surrogates_pass_the_battery(backend, tmp_path):

@@ -150,12 +150,13 @@ def test_a_formulas_derivative_is_that_of_its_loss(name):
     logp = -torch.rand(400, dtype=torch.float64) * 4 - 0.01
     old = (logp - torch.randn(400).double()).clamp(max=-0.01)
     advantage = torch.randn(400).double()
-    parameters = parameters_of(name)
     logp.requires_grad_()
-    loss, dlogp, clipped = SURROGATES[name].torch(logp, old, advantage, parameters)
-    (want,) = torch.autograd.grad(loss.sum(), logp)
+    definition = oracle.SURROGATES[name]((logp - old).exp(), logp, advantage, **OPTIONS[name])[0]
+    (want,) = torch.autograd.grad(definition.sum(), logp)
+    loss, dlogp, clipped = SURROGATES[name].torch(logp, old, advantage, parameters_of(name))
     torch.testing.assert_close(dlogp.detach(), want, rtol=1e-12, atol=1e-12)
     assert not dlogp[clipped].any()
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), logp)[0], dlogp.detach())
 
 
 def parameters_of(name: str) -> tuple[float, ...]:
