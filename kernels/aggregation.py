@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .checks import check_num_items
+
 
 def token_weight(
     mask: Tensor,
@@ -45,8 +47,7 @@ def token_weight(
         raise ValueError(
             f"norm_length belongs to loss_agg_mode 'seq-mean-token-sum-norm', not {loss_agg_mode!r}"
         )
-    if isinstance(num_items, int | float) and not num_items > 0:
-        raise ValueError(f"num_items must be positive, got {num_items}")
+    check_num_items(num_items)
     if isinstance(norm_length, int | float) and not norm_length > 0:
         raise ValueError(f"norm_length must be positive, got {norm_length}")
     if cu_seqlens is not None:

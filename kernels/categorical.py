@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import categorical_reference as reference
 from .backend import resolve_backend, takes_short_way
 from .categorical_kernels import accumulator_dtype, launch_backward, launch_forward
-from .checks import FLOATS, check_finite, check_per_token, check_positive
+from .checks import FLOATS, check_finite, check_per_token, check_positive, checks_types
 from .token_logprob import memory_for
 
 
@@ -172,6 +172,7 @@ def check_pair(name: str, other: Tensor, logits_name: str, logits: Tensor) -> No
         )
 
 
+@checks_types
 def categorical_kl(
     p_logits: Tensor,
     q_logits: Tensor,

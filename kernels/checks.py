@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,21 +16,67 @@ from .backend import checks_targets
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_tensors(**values) -> None:
-    """Every value is a tensor: not a list, an array, or nothing where something must be."""
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            continue
+Function = TypeVar("Function", bound=Callable)
+NOTHING = type(None)
+# what an annotation lets through at once
+KINDS = {
+    "Tensor": (Tensor,),
+    "Tensor | None": (Tensor, NOTHING),
+    "float": (float, int),
+    "float | None": (float, int, NOTHING),
+    "int": (int,),
+    "int | None": (int, NOTHING),
+    "str": (str,),
+    "str | None": (str, NOTHING),
+}
+
+
+def checks_types(function: Function) -> Function:
+    """A public function whose arguments are of the annotated types: a ValueError names the others.
+
+    Of tensors, numbers and names; what else an argument may be is the function's own to check.
+    """
+    kinds = {
+        name: KINDS[text]
+        for name, annotation in function.__annotations__.items()
+        if (text := annotation.replace("torch.", "")) in KINDS
+    }
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount]
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        if not torch.compiler.is_compiling():
+            for name, value in chain(zip(names, args, strict=False), kwargs.items()):
+                if name in kinds and not isinstance(value, kinds[name]):
+                    _check_type(name, value, kinds[name])
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _check_type(name: str, value, kind: tuple[type, ...]) -> None:
+    """Raises for a value of no type in `kind`, unless it is a number of another library's."""
+    found = type(value).__name__
+    if Tensor in kind:
+        if isinstance(value, torch.nn.Module) and name.endswith("weight"):
+            return  # a head's layer in its weight's place: `prepare_head` says what to do
         if value is None:
             raise ValueError(f"{name} must be a tensor, got None")
-        fix = "torch.from_numpy" if type(value).__module__ == "numpy" else "torch.tensor"
-        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}: pass {fix}({name})")
+        make = "torch.from_numpy" if type(value).__module__ == "numpy" else "torch.tensor"
+        raise ValueError(f"{name} must be a tensor, got {found}: pass {make}({name})")
+    if str in kind:
+        raise ValueError(f"{name} must be a string, got {found} {value!r}")
+    check_numbers(**{name: value})
 
 
 def check_numbers(**values: float) -> None:
+    """Every value is one number, a tensor's or another library's too."""
     for name, value in values.items():
-        if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-            raise ValueError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+        many = isinstance(value, Tensor) and value.numel() != 1
+        if many or isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+            found = f"shape {tuple(value.shape)}" if many else f"{type(value).__name__} {value!r}"
+            raise ValueError(f"{name} must be a number, got {found}")
 
 
 def check_num_items(num_items: int | float | Tensor | None) -> None:
@@ -38,21 +88,19 @@ def check_num_items(num_items: int | float | Tensor | None) -> None:
             return
         num_items = num_items.item()
     if num_items is not None:
+        check_numbers(num_items=num_items)
         check_positive(num_items=num_items)
         check_finite(num_items=num_items)
 
 
 def check_positive(**values: float | None) -> None:
     """Every given value is a positive number; infinity passes, None is skipped."""
-    values = {name: value for name, value in values.items() if value is not None}
-    check_numbers(**values)
     for name, value in values.items():
-        if not (value > 0):
+        if value is not None and not (value > 0):
             raise ValueError(f"{name} must be positive, got {value}")
 
 
 def check_finite(**values: float) -> None:
-    check_numbers(**values)
     for name, value in values.items():
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")

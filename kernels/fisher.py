@@ -15,7 +15,7 @@ from . import categorical_reference as reference
 from .backend import resolve_backend, takes_short_way, tl, triton
 from .categorical import check_pair
 from .categorical_kernels import accumulator_dtype, lane_columns, same_phase
-from .checks import check_finite, check_positive
+from .checks import check_finite, check_positive, checks_types
 from .rows import (
     FLOOR,
     LOG2E,
@@ -170,6 +170,7 @@ def _(logits, tangent, temperature, backend):
     return torch.empty(tangent.shape, dtype=tangent.dtype, device=tangent.device)
 
 
+@checks_types
 def fisher_vector_product(
     logits: Tensor, tangent: Tensor, *, temperature: float = 1.0, backend: str | None = None
 ) -> Tensor:

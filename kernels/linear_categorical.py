@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .backend import resolve_backend
 from .categorical import check_logits, check_mask
 from .categorical_kernels import accumulator_dtype
-from .checks import check_finite, check_positive
+from .checks import check_finite, check_positive, checks_types
 from .linear_categorical_passes import kl_backward, kl_pass, make_pair_plan, scale_unit_gradients
 from .linear_chunks import Run
 from .linear_head import _is_plain, _needs
@@ -164,6 +164,7 @@ def _op_backward(ctx, dkl, *_):
 linear_categorical_kl_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
+@checks_types
 def linear_categorical_kl(
     p_hidden: Tensor,
     p_weight: Tensor,
@@ -256,4 +257,4 @@ def _prepare(side: str, hidden, weight, bias, softcap, logit_scale, temperature)
             hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
         )
     except ValueError as error:
-        raise ValueError(f"of {side}: {error}") from error
+        raise ValueError(f"{side}_{error}") from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backend import refuse_transforms, resolve_backend
-from .checks import check_name, check_rows, check_targets_in_range
+from .checks import check_name, check_rows, check_targets_in_range, checks_types
 from .linear_autograd import LinearPolicyLoss, LinearTokenLogprob
 from .linear_chunks import Run
 from .linear_inputs import prepare_head
@@ -24,6 +24,7 @@ from .policy_loss import PolicyLoss, composed_policy_loss
 from .token_logprob import TokenLogprob
 
 
+@checks_types
 def linear_token_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -108,6 +109,7 @@ def _statistics(
     return TokenLogprob(logp.view(shape), entropies, lse.view(shape))
 
 
+@checks_types
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -218,6 +220,7 @@ def _needs(*inputs: Tensor | None) -> tuple[bool, ...]:
     return tuple(grad and t is not None and t.requires_grad for t in inputs)
 
 
+@checks_types
 def plan_linear(
     hidden: Tensor,
     weight: Tensor,
@@ -238,6 +241,8 @@ def plan_linear(
         ValueError: an unknown loss, or weight not (V, H).
     """
     check_name("loss", loss, ("policy", "logprob"))
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden must have shape (N, H) or (B, T, H), got {tuple(hidden.shape)}")
     needs = _needs(hidden, weight, bias)
     hidden, weight, *_ = prepare_head(
         hidden, weight, bias, temperature=1.0, softcap=softcap, logit_scale=1.0

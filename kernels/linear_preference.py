@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import token_logprob as rows_logprob
 from .backend import resolve_backend
 from .blocks import statistics_dtype, without_autocast
-from .checks import check_rows, check_targets_in_range
+from .checks import check_rows, check_targets_in_range, checks_types
 from .linear_autograd import _scaled
 from .linear_chunks import Chunk, Gathered, Gradients3, Run, unit_of
 from .linear_head import _is_plain, _needs, linear_token_logprob
@@ -33,6 +33,7 @@ from .preference_loss import PreferenceLoss, PreferenceOptions, preference_optio
 from .token_logprob import TokenLogprob
 
 
+@checks_types
 def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backend import resolve_backend, takes_short_way, tl, triton
-from .checks import check_inplace, check_targets_in_range
+from .checks import check_inplace, check_targets_in_range, checks_types
 from .kl import policy_kl
 from .limits import held_, known, times_
 from .policy_inputs import prepare_policy
@@ -283,6 +283,7 @@ def _op_backward(ctx, dloss, *_):
 policy_loss_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
+@checks_types
 def policy_loss(
     logits: Tensor,
     target: Tensor,
@@ -354,7 +355,8 @@ def policy_loss(
         PolicyLoss(loss, logp, entropy, kl, clipped): a scalar that is differentiable (once) in
         the logits alone, then per-token values without gradient, float32 (float64 for float64
         logits): kl is None without ref_logp; clipped (bool) is true where the clip holds the
-        gradient at zero.
+        gradient at zero. A token of advantage 0 has no surrogate loss and a clipped one no gradient
+        however large the ratio; what lies beyond the dtype is held at its largest number.
 
     Raises:
         ValueError: a wrong shape, dtype, device, name or range; an option that the surrogate has

@@ -14,7 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_name, check_num_items, check_positive, check_tensors
+from .checks import (
+    check_finite,
+    check_name,
+    check_num_items,
+    check_numbers,
+    check_positive,
+    checks_types,
+)
 from .limits import FARTHEST, held, log_ratio, sigmoid, times
 from .preference_formulas import F_DIVERGENCES, PREFERENCE_LOSSES, Pairs, Parameters
 
@@ -157,6 +164,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@checks_types
 def preference_loss(
     chosen_logp: Tensor,
     rejected_logp: Tensor,
@@ -190,7 +198,8 @@ def preference_loss(
         beta: positive; the larger, the closer to the reference. IPO's tau.
         label_smoothing: share of pairs taken to be the wrong way round, in [0, 1) (below 0.5 for
             "robust"); 0 means 1e-3 to "exo_pair".
-        chosen_length, rejected_length: (B,) counted tokens, for the losses that average over them.
+        chosen_length, rejected_length: (B,) counted tokens, for the losses that average over them;
+            0 for an empty answer, whose mean is 0 (to "orpo" its pair is a tie).
         pair_weight: (B,) factors of the pairs' losses, detached, such as WPO's (Zhou et al. 2024,
             arXiv:2406.11827); None = 1.
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence" with
@@ -236,8 +245,6 @@ def _check_given(
     chosen_logp: Tensor, given: dict[str, Tensor | None], options: PreferenceOptions
 ) -> None:
     names = ", ".join(options.loss_types)
-    needed = {"chosen_logp": chosen_logp, "rejected_logp": given["rejected_logp"]}
-    check_tensors(**{k: v for k, v in given.items() if v is not None} | needed)
     if chosen_logp.dim() != 1:
         raise ValueError(
             f"chosen_logp must have shape (B,), one sum an answer, got {tuple(chosen_logp.shape)}"
@@ -255,6 +262,7 @@ def _check_given(
             raise ValueError(f"loss_type {names} averages over tokens: it needs {name}")
 
 
+@checks_types
 def kto_loss(
     logp: Tensor,
     ref_logp: Tensor,
@@ -293,7 +301,6 @@ def kto_loss(
     check_positive(**numbers)
     check_finite(**numbers)
     check_num_items(num_items)
-    check_tensors(logp=logp, ref_logp=ref_logp, desirable=desirable)
     if logp.dim() != 1:
         raise ValueError(f"logp must have shape (B,), one sum an answer, got {tuple(logp.shape)}")
     for name, tensor in (("ref_logp", ref_logp), ("desirable", desirable)):
@@ -305,6 +312,8 @@ def kto_loss(
     if desirable.dtype != torch.bool:
         raise ValueError(f"desirable must be bool, got {desirable.dtype}")
     logp = logp.to(_wide(logp))
+    if not isinstance(kl, Tensor):
+        check_numbers(kl=kl)
     kl = torch.as_tensor(kl, dtype=logp.dtype, device=logp.device).detach().clamp(min=0)
     if kl.dim() and kl.shape != logp.shape:
         raise ValueError(

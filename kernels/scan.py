@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import scan_ops
 from .backend import resolve_backend, takes_short_way
-from .checks import check_finite, check_name
+from .checks import check_finite, check_name, checks_types
 from .kl import KL_ESTIMATORS
 from .scan_checks import check_fraction, check_sequences
 
@@ -46,6 +46,7 @@ def _call(name: str, *arguments):
     return getattr(scan_ops, f"{name}_op")(*arguments)
 
 
+@checks_types
 def gae(
     reward: Tensor,
     value: Tensor,
@@ -92,6 +93,7 @@ def gae(
     return GAE(*_call("gae", reward, value, mask, terminated, last_value, gamma, lam, backend))
 
 
+@checks_types
 def discounted_return(
     reward: Tensor,
     *,
@@ -112,6 +114,7 @@ def discounted_return(
     return _call("gae", reward, None, mask, terminated, last_value, gamma, 1.0, backend)[1]
 
 
+@checks_types
 def shaped_reward(
     score: Tensor,
     logp: Tensor,
@@ -149,6 +152,7 @@ def shaped_reward(
     return _call("shaped_reward", score, logp, ref_logp, mask, beta, kl_estimator, backend)
 
 
+@checks_types
 def gae_from_scores(
     score: Tensor,
     logp: Tensor,

@@ -225,7 +225,8 @@ def gae(reward, value, mask, terminated, last_value, gamma, lam, dtype) -> tuple
 def shaped_reward(score, logp, ref_logp, mask, beta, kl_estimator, dtype) -> Tensor:
     """-beta KL_t, and the score on each row's last counted token; (B, T)."""
     kl, _ = KL_ESTIMATORS[kl_estimator](logp.to(dtype), ref_logp.to(dtype))
-    reward = torch.where(mask, -beta * kl, 0)
+    # an infinite KL costs nothing at a weight of 0
+    reward = torch.where(mask, -beta * kl, 0) if beta else torch.zeros_like(kl)
     if reward.numel():
         reward += torch.where(last_counted(mask), score.to(dtype)[:, None], 0)
     return reward

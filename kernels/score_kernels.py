@@ -48,7 +48,9 @@ def _shaped(
     logp = tl.load(Logp + offset, mask=inside, other=0).to(DTYPE)
     ref_logp = tl.load(RefLogp + offset, mask=inside, other=0).to(DTYPE)
     kl, _ = token_kl(logp, ref_logp, KL_ESTIMATOR)
-    return tl.where(counted, tl.where(marked, score[:, None, None], 0) - beta * kl, 0)
+    # an infinite KL costs nothing at a weight of 0
+    cost = tl.where(beta == 0, 0.0, beta * kl)
+    return tl.where(counted, tl.where(marked, score[:, None, None], 0) - cost, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backend import resolve_backend, takes_short_way, tl, triton
-from .checks import check_inplace, check_rows, check_targets_in_range
+from .checks import check_inplace, check_rows, check_targets_in_range, checks_types
 from .rows import (
     ONE_SWEEP_TILE,
     choose_launch,
@@ -317,6 +317,7 @@ def _op_backward(ctx, dlogp, dentropy, dlse, *_):
 token_logprob_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
+@checks_types
 def token_logprob(
     logits: Tensor,
     target: Tensor,

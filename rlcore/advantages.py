@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from rlcore.errors import unknown_name
+from rlcore.kernels.checks import checks_types
 
 STD_EPSILON = 1e-4
 VARIANCE_EPSILON = 1e-8
@@ -42,6 +43,7 @@ def _batch_std(groups: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
 SCALES = ("group", "batch", "none")
 
 
+@checks_types
 def group_advantage(
     reward: torch.Tensor, num_generations: int, *, scale_rewards: str = "group"
 ) -> torch.Tensor:
@@ -76,6 +78,7 @@ def group_advantage(
     return centered.reshape(-1)
 
 
+@checks_types
 def leave_one_out_advantage(reward: torch.Tensor, num_generations: int) -> torch.Tensor:
     """Each reward minus the mean of its group's others (RLOO: Ahmadian et al. 2024,
     arXiv:2402.14740, eq. 8).
@@ -100,6 +103,7 @@ def leave_one_out_advantage(reward: torch.Tensor, num_generations: int) -> torch
     return torch.where(present & (count > 1), groups - others, 0.0).reshape(-1)
 
 
+@checks_types
 def whiten(
     x: torch.Tensor, mask: torch.Tensor | None = None, *, shift_mean: bool = True
 ) -> torch.Tensor:
@@ -115,9 +119,11 @@ def whiten(
         is a single counted entry.
 
     Raises:
-        ValueError: `mask` has another shape than `x`.
+        ValueError: `mask` is not bool or has another shape than `x`.
     """
-    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}: pass mask.bool()")
     if mask.shape != x.shape:
         raise ValueError(f"mask {tuple(mask.shape)} must have the shape of x {tuple(x.shape)}")
     count = mask.sum()

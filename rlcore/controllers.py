@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 
+from .kernels.checks import checks_types
 
+
+@checks_types
 def proportional_kl_coef(
     kl_coef: float, kl: float, *, target: float, gain: float = 0.1, bound: float = 0.2
 ) -> float:
@@ -36,6 +39,7 @@ def proportional_kl_coef(
     return kl_coef * (1 + gain * error)
 
 
+@checks_types
 def ppo_kl_coef(
     kl_coef: float, kl: float, *, target: float, tolerance: float = 1.5, factor: float = 2.0
 ) -> float:

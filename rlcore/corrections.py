@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rlcore.errors import unknown_name
+from rlcore.kernels.checks import checks_types
+from rlcore.kernels.limits import log_ratio
 from rlcore.kernels.sequence_ratio import sequence_sum
 
 LEVELS = ("token", "sequence")
@@ -27,6 +29,7 @@ def _mask(weight: Tensor, low: float, high: float) -> Tensor:
 MODES = {"truncate": _truncate, "mask": _mask}
 
 
+@checks_types
 @torch.no_grad()
 def importance_weights(
     old_logp: Tensor,
@@ -48,7 +51,8 @@ def importance_weights(
 
     Args:
         old_logp: (N,) or (B, T), the training engine's log-probabilities of the sampled tokens.
-        sampling_logp: likewise the sampler's; NaN = not recorded, and taken for old_logp.
+        sampling_logp: likewise the sampler's; NaN = not recorded, and taken for old_logp. Where
+            both are -inf the weight is 1.
         mask: bool, true = the token counts; elsewhere the weight is 0. None = every token counts.
         level: "token" or "sequence".
         mode: "truncate" or "mask".
@@ -71,15 +75,16 @@ def importance_weights(
     packed_sequences = level == "sequence" and old_logp.dim() == 1
     if packed_sequences != (cu_seqlens is not None):
         raise ValueError("cu_seqlens goes with level 'sequence' on packed (N,) tokens, and only so")
-    mask = _checked_mask(old_logp, mask, sampling_logp=sampling_logp)
+    mask = _checked_mask("old_logp", old_logp, mask, sampling_logp=sampling_logp)
     dtype = torch.promote_types(old_logp.dtype, torch.float32)
-    difference = old_logp.to(dtype) - sampling_logp.to(dtype)
-    difference = torch.where(mask & ~sampling_logp.isnan(), difference, 0.0)
+    log_weight = log_ratio(old_logp.to(dtype), sampling_logp.to(dtype))
+    log_weight = torch.where(mask & ~sampling_logp.isnan(), log_weight, 0.0)
     if level == "sequence":
-        difference = sequence_sum(difference, cu_seqlens)
-    return torch.where(mask, MODES[mode](difference.exp(), low, high), 0.0)
+        log_weight = sequence_sum(log_weight, cu_seqlens)
+    return torch.where(mask, MODES[mode](log_weight.exp(), low, high), 0.0)
 
 
+@checks_types
 @torch.no_grad()
 def clip_cov_weight(
     logp: Tensor,
@@ -120,6 +125,7 @@ def clip_cov_weight(
     return torch.where(chosen, 0.0, torch.ones_like(covariance))
 
 
+@checks_types
 @torch.no_grad()
 def kl_cov_mask(
     logp: Tensor, advantage: Tensor, *, mask: Tensor | None = None, fraction: float = 2e-4
@@ -148,7 +154,8 @@ def _covariance(logp, advantage, mask, fraction) -> tuple[Tensor, Tensor]:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
     if logp.dim() == 2 and advantage.shape == logp.shape[:1]:
         advantage = advantage[:, None].expand(logp.shape)
-    mask = _checked_mask(logp, mask, advantage=advantage)
+    # a banned token has no covariance, and none of its -inf in the mean of the others
+    mask = _checked_mask("logp", logp, mask, advantage=advantage) & (logp != -torch.inf)
     dtype = torch.promote_types(logp.dtype, torch.float32)
     logp, advantage = (torch.where(mask, x.to(dtype), 0.0) for x in (logp, advantage))
     counted = mask.sum()
@@ -166,15 +173,17 @@ def _largest(score: Tensor, count: Tensor) -> Tensor:
     return (rank.view(score.shape) < count) & (score > -torch.inf)
 
 
-def _checked_mask(logp: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor:
+def _checked_mask(name: str, logp: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor:
+    if logp.dim() not in (1, 2):
+        raise ValueError(f"{name} must be (N,) or (B, T), not {tuple(logp.shape)}")
     if mask is None:
         mask = torch.ones_like(logp, dtype=torch.bool)
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, not {mask.dtype}: pass mask.bool()")
-    for name, tensor in {"mask": mask, **others}.items():
+    for other, tensor in {"mask": mask, **others}.items():
         if tensor.shape != logp.shape:
             raise ValueError(
-                f"{name} must have the shape of the log-probabilities, {tuple(logp.shape)}, not "
+                f"{other} must have the shape of the log-probabilities, {tuple(logp.shape)}, not "
                 f"{tuple(tensor.shape)}"
             )
     return mask

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlcore.errors import unknown_name
+from rlcore.kernels.checks import check_num_items, check_numbers, checks_types
 from rlcore.kernels.kl import KL_ESTIMATORS
 
 
@@ -20,6 +21,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+@checks_types
 def token_kl(logp: Tensor, ref_logp: Tensor, *, kl_estimator: str = "k3") -> Tensor:
     """Estimates KL(pi || pi_ref) from each sampled token (Schulman 2020, "Approximating KL").
 
@@ -45,6 +47,7 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, kl_estimator: str = "k3") -> Ten
     return KL_ESTIMATORS[kl_estimator](_wide(logp), _wide(ref_logp))[0]
 
 
+@checks_types
 def value_loss(
     value: Tensor,
     old_value: Tensor,
@@ -75,8 +78,9 @@ def value_loss(
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon must be positive, not {epsilon}")
-    if isinstance(num_items, int | float) and not num_items > 0:
-        raise ValueError(f"num_items must be positive, not {num_items}")
+    check_num_items(num_items)
+    if value.dim() not in (1, 2):
+        raise ValueError(f"value must be (N,) or (B, T), not {tuple(value.shape)}")
     mask = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
     for name, tensor in (("old_value", old_value), ("returns", returns), ("mask", mask)):
         if tensor.shape != value.shape:
@@ -97,6 +101,7 @@ def value_loss(
     return 0.5 * error.sum() / count
 
 
+@checks_types
 def pairwise_reward_loss(
     chosen: Tensor,
     rejected: Tensor,
@@ -136,8 +141,9 @@ def pairwise_reward_loss(
             "center_rewards_coefficient must be finite and not negative, not "
             f"{center_rewards_coefficient}"
         )
-    if isinstance(num_items, int | float) and not num_items > 0:
-        raise ValueError(f"num_items must be positive, not {num_items}")
+    check_num_items(num_items)
+    if margin is not None and not isinstance(margin, Tensor):
+        check_numbers(margin=margin)
     chosen, rejected = _wide(chosen), _wide(rejected)
     margin = margin.to(chosen.dtype) if isinstance(margin, Tensor) else margin or 0.0
     loss = -F.logsigmoid(chosen - rejected - margin)

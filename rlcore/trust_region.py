@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .kernels.checks import check_finite, check_positive
+from .kernels.checks import check_finite, check_positive, checks_types
 
 Vector = TypeVar("Vector", Tensor, list[Tensor], tuple[Tensor, ...])
 
@@ -27,6 +27,7 @@ class CGResult(NamedTuple):
     iterations: Tensor
 
 
+@checks_types
 def conjugate_gradient(
     matvec: Callable[[Vector], Vector],
     b: Vector,
@@ -137,6 +138,7 @@ class LineSearch(NamedTuple):
     trials: tuple[Trial, ...]
 
 
+@checks_types
 def line_search(
     evaluate: Callable[[float], tuple[float | Tensor, float | Tensor]],
     *,

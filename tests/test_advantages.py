@@ -127,3 +127,8 @@ def test_whitened_values_have_mean_zero_and_variance_at_most_one(values):
     whitened = rl.whiten(torch.tensor(values, dtype=torch.float64))
     assert abs(whitened.mean().item()) < 1e-6
     assert whitened.var().item() <= 1 + 1e-9
+
+
+def test_whitening_refuses_a_mask_that_is_not_bool():
+    with pytest.raises(ValueError, match=r"mask must be bool.*float32"):
+        rl.whiten(torch.ones(3), torch.tensor([0.5, 1.0, 0.0]))

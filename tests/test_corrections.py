@@ -204,3 +204,16 @@ def test_bad_arguments_of_the_covariance_choices_are_named(function, given, opti
 def test_clip_covs_bounds_must_be_in_order():
     with pytest.raises(ValueError, match=r"low.*high"):
         rl.clip_cov_weight(FOUR, FOUR, low=5.0, high=1.0)
+
+
+def test_a_banned_token_spoils_no_other():
+    old, sampling = torch.tensor([[-math.inf, -1.0]]), torch.tensor([[-math.inf, -1.5]])
+    want = torch.tensor([[1.0, math.exp(0.5)]])
+    torch.testing.assert_close(rl.importance_weights(old, sampling), want)
+    shared = rl.importance_weights(old, sampling, level="sequence")
+    torch.testing.assert_close(shared, torch.full((1, 2), math.exp(0.5)))
+    logp = torch.tensor([-math.inf, -3.0, -1.0, -2.0])
+    advantage = torch.tensor([0.0, -1.0, 1.0, 0.0])
+    chosen = rl.kl_cov_mask(logp, advantage, fraction=0.5)
+    without = rl.kl_cov_mask(logp[1:], advantage[1:], fraction=1 / 3)
+    assert chosen.tolist() == [False, *without.tolist()] and chosen.sum() == 1

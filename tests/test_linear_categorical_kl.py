@@ -318,18 +318,18 @@ HIDDEN, WEIGHT = torch.randn(4, 3), torch.randn(7, 3)
 REFUSED = {
     "p_hidden must have shape \\(N, H\\)": ((HIDDEN[0], WEIGHT, HIDDEN, WEIGHT), {}),
     "q_hidden must have the leading shape": ((HIDDEN, WEIGHT, HIDDEN[:2], WEIGHT), {}),
-    "of q: weight must have shape": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT[:, :2]), {}),
+    "q_weight must have shape": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT[:, :2]), {}),
     "same vocabulary.*\\(7, 3\\).*\\(5, 3\\)": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT[:5]), {}),
-    "of p: bias must have shape": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"p_bias": torch.ones(3)}),
+    "p_bias must have shape": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"p_bias": torch.ones(3)}),
     "temperature must be positive": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"temperature": 0.0}),
-    "of q: softcap must be positive": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"q_softcap": -1.0}),
+    "q_softcap must be positive": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"q_softcap": -1.0}),
     "mask must be bool": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"mask": torch.ones(4)}),
     "mask must have the leading": (
         (HIDDEN, WEIGHT, HIDDEN, WEIGHT),
         {"mask": torch.ones(3).bool()},
     ),
     "chunk_bytes must not be negative": ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"chunk_bytes": -1}),
-    "of q: weight must be the head's weight tensor": (
+    "q_weight must be the head's weight tensor": (
         (HIDDEN, WEIGHT, HIDDEN, torch.nn.Linear(3, 7)),
         {},
     ),

@@ -224,3 +224,14 @@ BAD_PAIRS = {
 def test_a_bad_argument_of_the_pairwise_loss_is_named(changed, message):
     with pytest.raises(ValueError, match=message):
         rl.pairwise_reward_loss(**{"chosen": FOUR, "rejected": FOUR} | changed)
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+def test_a_token_kl_that_overflows_spoils_no_gradient(kl_estimator):
+    logp = torch.tensor([-200.0, -torch.inf, -1.0], requires_grad=True)
+    kl = rl.token_kl(logp, torch.tensor([0.0, -torch.inf, -1.0]), kl_estimator=kl_estimator)
+    assert kl[1] == 0 and kl[2] == 0 and not kl.isnan().any()
+    (dlogp,) = torch.autograd.grad(
+        torch.where(torch.tensor([False, True, True]), kl, 0).sum(), logp
+    )
+    assert dlogp[0] == 0 and dlogp.isfinite().all()

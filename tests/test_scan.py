@@ -278,3 +278,16 @@ def test_a_value_of_zero_and_lam_one_is_the_discounted_return(length, backend):
         rows.reward.to(DEVICE), gamma=0.75, backend=backend, **rows.options()
     )
     assert_close(out, advantage, "discounted return")
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+def test_shaped_rewards_of_banned_tokens(backend, kl_estimator):
+    logp = torch.tensor([[-torch.inf, -200.0, -1.0]])
+    ref_logp = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    given = [x.to(DEVICE) for x in (torch.ones(1), logp, ref_logp, mask)]
+    options = {"kl_estimator": kl_estimator, "backend": backend}
+    assert rl.shaped_reward(*given, beta=0.0, **options).tolist() == [[0, 0, 1]]
+    reward = rl.shaped_reward(*given, beta=0.1, **options).cpu()
+    # equal probabilities, 0 and 0 too, have no KL
+    assert reward[0, 0] == 0 and reward[0, 2] == -torch.inf and not reward.isnan().any()

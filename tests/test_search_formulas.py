@@ -393,3 +393,63 @@ def test_ktos_loss_is_its_definition(rows, desirable, kl, beta, weights, dtype):
         totals.append([want[0], *(n[0] for n in near)])
     want, *near = (sum(parts) for parts in zip(*totals, strict=True))
     assert_value(out.item(), want, near, 0, dtype, "loss")
+
+
+scans = st.fixed_dictionaries(
+    {"reward": tensors(B, T), "value": tensors(B, T), "mask": masks(B, T),
+     "terminated": masks(B, T), "last_value": tensors(B)}
+)  # fmt: skip
+fractions = st.sampled_from([0.0, 1.0]) | st.floats(0, 1, width=32)
+
+
+@search(10)
+@given(rows=scans, gamma=fractions, lam=fractions)
+def test_gae_and_returns_are_their_recursions(backend, rows, gamma, lam):
+    given = {name: rows[name].to(DEVICE) for name in ("mask", "terminated", "last_value")}
+    reward, value = rows["reward"].to(DEVICE), rows["value"].to(DEVICE)
+    got = rl.gae(reward, value, gamma=gamma, lam=lam, backend=backend, **given)
+    returns = rl.discounted_return(reward, gamma=gamma, backend=backend, **given)
+    for b in range(B):
+        following = discounted = mp.mpf(rows["last_value"][b].item())
+        advantage, size = mp.zero, abs(following)
+        for t in reversed(range(T)):
+            if not rows["mask"][b, t]:
+                for x in (*got, returns):
+                    assert x[b, t] == 0
+                continue
+            r, v = (mp.mpf(rows[name][b, t].item()) for name in ("reward", "value"))
+            goes_on = not rows["terminated"][b, t]
+            delta = r + gamma * following * goes_on - v
+            advantage = delta + gamma * lam * advantage * goes_on
+            discounted = r + gamma * discounted * goes_on
+            size += abs(r) + abs(v)
+            for x, want in zip(
+                (*got, returns), (advantage, advantage + v, discounted), strict=True
+            ):
+                assert_value(x[b, t].item(), want, [], 4 * size, torch.float32, f"{b}, {t}")
+            following = v
+
+
+@search(20)
+@given(
+    score=tensors(B),
+    logps=st.lists(tensors(B, T), min_size=2, max_size=2),
+    mask=masks(B, T),
+    beta=numbers(),
+    kl_estimator=st.sampled_from(["k1", "k2", "k3"]),
+)
+def test_shaped_rewards_are_their_definition(backend, score, logps, mask, beta, kl_estimator):
+    arguments = [x.to(DEVICE) for x in (score, *logps, mask)]
+    got = rl.shaped_reward(*arguments, beta=beta, kl_estimator=kl_estimator, backend=backend)
+    assert not got.cpu()[~mask].any()
+    for b, t in mask.nonzero().tolist():
+        logp, ref_logp = (mp.mpf(x[b, t].item()) for x in logps)
+        scored = 0 if mask[b, t + 1 :].any() else score[b].item()
+        kls = [exact.kl(kl_estimator, mp.zero, logp, ref_logp)]
+        kls += [exact.kl(kl_estimator, mp.zero, x, ref_logp) for x in nudged(logp, torch.float32)]
+        kls += [exact.kl(kl_estimator, mp.zero, logp, x) for x in nudged(ref_logp, torch.float32)]
+        want, *near = (scored - beta * kl.loss for kl in kls)
+        size = abs(scored) + abs(beta) * max(kls[0].size, abs(kls[0].loss))
+        if abs(size) > torch.finfo(torch.float32).max * abs(beta):
+            size = mp.inf
+        assert_value(got[b, t].item(), want, near, size, torch.float32, f"reward {b}, {t}")

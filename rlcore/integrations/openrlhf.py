@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlcore.kernels.limits import log_ratio
 from rlcore.kernels.preference_loss import preference_loss
 from rlcore.kernels.sequence_ratio import sequence_mean
 from rlcore.kernels.token_logprob import token_logprob
@@ -158,12 +159,12 @@ def _policy_forward(theirs: Callable) -> Callable:
             importance_sampling_level=LEVELS[kind],
             **_aggregation(self.token_level_loss, **counts),
         )  # fmt: skip
-        log_ratio = torch.where(mask, log_probs.detach() - old_log_probs, 0.0)
-        shared = sequence_mean(log_ratio, mask, None) if kind == "gspo" else log_ratio
+        x = torch.where(mask, log_ratio(log_probs.detach(), old_log_probs), 0.0)
+        shared = sequence_mean(x, mask, None) if kind == "gspo" else x
         # OpenRLHF does not count what the dual clip holds, where the advantage is negative
         clipped = output.clipped & ((advantages > 0) | (shared < 0))
-        tokens = mask.sum().to(log_ratio.dtype)
-        metrics = (clipped.sum() / tokens, -log_ratio.sum() / tokens, None)
+        tokens = mask.sum().to(x.dtype)
+        metrics = (clipped.sum() / tokens, -x.sum() / tokens, None)
         return output.loss, *metrics, *((None,) if hasattr(self, "is_correction_level") else ())
 
     return forward

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlcore.corrections import kl_cov_mask
 from rlcore.kernels.aggregation import AGGREGATIONS
+from rlcore.kernels.limits import log_ratio
 from rlcore.kernels.sequence_ratio import sequence_mean
 from rlcore.kernels.surrogates import SURROGATES
 
@@ -40,11 +41,12 @@ class Batch:
 
     @property
     def log_ratio(self) -> Tensor:
-        return self.logp.detach() - self.old_logp
+        return log_ratio(self.logp.detach(), self.old_logp)
 
-    def weighted(self, factor: Tensor) -> Batch:
-        factor = factor.to(self.logp.dtype)
-        return replace(self, weight=factor if self.weight is None else factor * self.weight)
+    def weighted(self, chosen: Tensor) -> Batch:
+        """The same with weight 0 where `chosen` (bool) is false."""
+        weight = torch.ones_like(self.logp) if self.weight is None else self.weight
+        return replace(self, weight=torch.where(chosen, weight, 0.0))
 
 
 @dataclass(frozen=True)
