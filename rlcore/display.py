@@ -106,9 +106,15 @@ class Display:
             self._course.append(metrics[self._columns[0]])
         if self._live:
             self._live.refresh()
-        elif step >= self._total or self._updated - self._printed >= _SECONDS_BETWEEN_LINES:
+        elif self._is_due(step, metrics):
             self._printed = self._updated
             self._print_line(metrics)
+
+    def _is_due(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a plain line is printed: never is one with a held-out value left out."""
+        evaluated = any(name in metrics for name in _HELD_OUT)
+        late = self._updated - self._printed >= _SECONDS_BETWEEN_LINES
+        return late or evaluated or step >= self._total
 
     def message(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -116,7 +116,7 @@ def test_off_policy_runs_learn_too(config):
 def test_the_metrics_carry_trls_names_and_a_held_out_line_comes_first(config):
     result = run(config, eval_dataset=config.dataset, eval_steps=2, beta=0.1)
     written = lines(config)
-    assert [line["step"] for line in written] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in written] == [0, 1, 2, 2, 3, 4, 4]
     held_out = {"eval/reward", "eval/completions/mean_length", "eval/rewards/digits/mean"}
     assert set(written[0]) == held_out | {"step"}
     assert set(written[1]) == {
@@ -127,12 +127,13 @@ def test_the_metrics_carry_trls_names_and_a_held_out_line_comes_first(config):
         "completions/clipped_ratio", "completions/unjudged", "num_tokens", "tokens_per_second",
         "step_time",
     }  # fmt: skip
-    assert [held_out <= set(line) for line in written[1:]] == [False, True, False, True]
-    assert result.metrics == written[-1]
-    assert written[-1]["epoch"] == 2.0  # 4 steps of 4 prompts, 8 rows
+    assert all(set(written[place]) == held_out | {"step"} for place in (0, 3, 6))
+    assert result.metrics == written[-2] | written[-1]
+    assert written[-2]["epoch"] == 2.0  # 4 steps of 4 prompts, 8 rows
     prompts = 4 * 4 * 8 * len(tiny_tokenizer()("1+1")["input_ids"])
-    completions = sum(32 * line["completions/mean_length"] for line in written[1:])
-    assert written[-1]["num_tokens"] == pytest.approx(prompts + completions)
+    trained = [line for line in written if "completions/mean_length" in line]
+    completions = sum(32 * line["completions/mean_length"] for line in trained)
+    assert trained[-1]["num_tokens"] == pytest.approx(prompts + completions)
 
 
 def test_the_kl_to_the_reference_starts_at_zero_and_grows(config, tmp_path):

@@ -64,6 +64,18 @@ def test_a_pipe_is_not_flooded_and_still_gets_the_first_and_the_last_line(tmp_pa
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 500
 
 
+def test_a_pipe_gets_every_held_out_value_however_close_they_come(tmp_path):
+    screen = console()
+    with Tracker(tmp_path, 500, "SFT", columns=("loss",), console=screen) as tracker:
+        for step in range(1, 500):
+            tracker.log(step, {"loss": 1.0})
+            if step % 50 == 0:
+                tracker.log(step, {"eval/loss": step / 100})
+    held_out = [line for line in screen.file.getvalue().splitlines() if "held-out" in line]
+    assert [line.split()[1] for line in held_out] == [f"{step}/500" for step in range(50, 500, 50)]
+    assert "held-out loss 1.500" in held_out[2]
+
+
 def test_a_terminal_gets_a_live_block_with_bar_and_values(tmp_path):
     screen = console(terminal=True)
     with Tracker(tmp_path, 4, "GRPO", columns=("reward",), console=screen) as tracker:

@@ -201,7 +201,7 @@ def test_the_metrics_say_how_each_step_was_found(config):
         "trpo/step_fraction", "trpo/line_search_steps", "trpo/step_norm", "trpo/cg_residual",
         "trpo/cg_iterations",
     }  # fmt: skip
-    assert result.metrics == written[-1] and "eval/reward" in written[-1]
+    assert result.metrics == written[-2] | written[-1] and "eval/reward" in written[-1]
 
 
 def test_completions_without_any_opinion_are_counted_and_leave_the_weights_alone(config):

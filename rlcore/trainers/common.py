@@ -89,14 +89,17 @@ def make_accelerator(config: TrainConfig) -> Any:
     """The accelerator for this process, with the global random generators seeded."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
     precision = "bf16" if config.bf16 else "no"
     # The precision is the process's; a later run in the same process may want another.
     state = AcceleratorState._shared_state
     if state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision)
+    # Buffers (rotary frequencies) are constants. DDP would send them around before a forward pass,
+    # which not every process runs equally often.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
     # Weights are loaded, not drawn, so processes may differ: their dropout should.
     set_seed((config.seed + accelerator.process_index) % 2**32)
     return accelerator
@@ -271,6 +274,19 @@ def mix_seed(*parts: int) -> int:
 def split(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """Consecutive pieces of at most `size` items."""
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def shared_out(run: Run, ordered: Sequence[Item], size: int) -> list[tuple[Sequence[Item], bool]]:
+    """This process's part of `ordered` in batches of at most `size`, each with whether it counts.
+
+    Every process gets equally many: one that runs short repeats an item that does not count,
+    because a sharded model's forward pass is every process's.
+    """
+    accelerator = run.accelerator
+    mine = ordered[accelerator.process_index :: accelerator.num_processes]
+    batches = [(piece, True) for piece in split(mine, size)]
+    most = math.ceil(math.ceil(len(ordered) / accelerator.num_processes) / size)
+    return batches + [(ordered[:1], False)] * (most - len(batches))
 
 
 def summed(accelerator: Any, value: float) -> float:

@@ -12,6 +12,7 @@ Left out: images, and a reference that follows the policy.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ from rlcore.trainers.common import (
     mix_seed,
     optimizer_step,
     save_if_due,
-    split,
+    shared_out,
     start_run,
     summed,
     total_steps,
@@ -58,7 +59,7 @@ class PairBatch:
 
     rows: Batch
     ref_logp: torch.Tensor | None = None  # (2B,) sums; None: not asked yet, or not wanted
-    counts: bool = True  # False: no pair at all; the rows keep the processes in step
+    counts: bool = True  # False: its passes only keep the processes in step
     indices: Sequence[int] = ()  # which pairs of a file they are
 
     def __len__(self) -> int:
@@ -139,9 +140,9 @@ def train_dpo(
             run.num_tokens += 0 if config.online else tokens
             metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
             metrics["epoch"] = step * rows / len(data)
-            if held_out is not None and wants_evaluation(run, step):
-                metrics |= _evaluate(run, held_out, judge, reference)
             log.add(step, metrics)
+            if held_out is not None and wants_evaluation(run, step):
+                log.write(step, _evaluate(run, held_out, judge, reference))
             save_if_due(run, step)
             clock.skip()
         return finish_run(run, log)
@@ -156,41 +157,45 @@ def _load_data(config: DPOConfig, tokenizer: Any, judge: Judge) -> Data:
 
 def _batches(run: Run, data: PairData, chosen: Sequence[int]) -> list[PairBatch]:
     """This process's share of the pairs `chosen`, in micro-batches of like length."""
-    accelerator, pairs = run.accelerator, data.pairs
+    pairs = data.pairs
     ordered = sorted(chosen, key=lambda index: len(pairs[index]), reverse=True)
-    mine = ordered[accelerator.process_index :: accelerator.num_processes]
     batches = []
-    for piece in split(mine, run.config.per_device_train_batch_size):
+    for piece, counts in shared_out(run, ordered, run.config.per_device_train_batch_size):
         rows = collate_pairs([pairs[index] for index in piece], run.tokenizer.pad_token_id)
         known = None if data.ref_logp is None else data.ref_logp[list(piece)].T.flatten()
-        batches.append(PairBatch(rows.to(accelerator.device), known, indices=piece))
+        batches.append(PairBatch(rows.to(run.accelerator.device), known, counts, piece))
     return batches
 
 
 def _sampled_batches(
     run: Run, prompts: Any, judge: Judge, step: int
 ) -> tuple[list[PairBatch], dict[str, float]]:
-    """The best and the worst completion of each prompt of this process, and the metrics."""
-    config = run.config
+    """The best and the worst completion of each prompt of this process, and the metrics.
+
+    Every process gets as many batches as the one with the most pairs; those that a process has no
+    pair for do not count.
+    """
+    config, accelerator = run.config, run.accelerator
     sampled = collect(run, prompts, judge, mix_seed(config.seed, step))
     scores = sampled.mine(sampled.all_scores).view(-1, config.num_generations)
     high, best = scores.nan_to_num(-torch.inf).max(1)
     low, worst = scores.nan_to_num(torch.inf).min(1)
     first = torch.arange(len(scores), device=scores.device) * config.num_generations
     # completions that nobody tells apart, or nobody judged, make no pair
-    chosen, rejected = ((first + place)[high > low] for place in (best, worst))
-    metrics = sampled.metrics | {"frac_pairs": (high > low).float().mean().item()}
-    counts = len(chosen) > 0
-    if not counts:
-        # every process must take part in the backward pass
-        chosen = rejected = first[:1]
+    pairs = torch.stack([first + best, first + worst])[:, high > low]  # (2, pairs)
+    counts = accelerator.gather(high.new_tensor([pairs.shape[1]])).tolist()
+    metrics = sampled.metrics | {
+        "frac_pairs": sum(counts) / (len(first) * accelerator.num_processes)
+    }
     size = config.per_device_train_batch_size
+    pieces = [(piece, True) for piece in pairs.split(size, dim=1) if piece.numel()]
+    most = max(1, math.ceil(max(counts) / size))
+    pieces += [(first[:1].expand(2, 1), False)] * (most - len(pieces))
     batches = []
-    for pieces in zip(chosen.split(size), rejected.split(size), strict=True):
-        part = sampled.experience.take(torch.cat(pieces)).trimmed()
-        batches.append(
-            PairBatch(Batch(part.input_ids, part.attention_mask, part.mask), None, counts)
-        )
+    for piece, count in pieces:
+        part = sampled.experience.take(piece.flatten()).trimmed()
+        rows = Batch(part.input_ids, part.attention_mask, part.mask)
+        batches.append(PairBatch(rows, None, count))
     return batches, metrics
 
 
@@ -204,10 +209,8 @@ def _update(
 
     def loss_of(batch: PairBatch) -> torch.Tensor:
         result = _loss(run, batch, reference)
-        if not batch.counts:
-            return 0.0 * result.loss
-        _add_metrics(means, result)
-        return result.loss * (len(batch) / num_pairs)
+        _add_metrics(means, result, batch.counts)
+        return result.loss * (batch.counts * len(batch) / num_pairs)
 
     return optimizer_step(run, step, batches, loss_of) | means.reduce(run.accelerator)
 
@@ -254,7 +257,9 @@ def _with_reference(run: Run, data: PairData | None, reference: Policy) -> PairD
         return None
     logp = torch.zeros(len(data), 2, device=run.accelerator.device)
     for batch in _batches(run, data, range(len(data))):
-        logp[list(batch.indices)] = _reference_logp(run, batch.rows, reference).view(2, -1).T
+        known = _reference_logp(run, batch.rows, reference).view(2, -1).T
+        if batch.counts:
+            logp[list(batch.indices)] = known
     return dataclasses.replace(data, ref_logp=run.accelerator.reduce(logp, "sum"))
 
 
@@ -267,16 +272,16 @@ def _evaluate(run: Run, held_out: Any, judge: Judge, reference: Policy | None) -
     with evaluating(run.model):
         for batch in _batches(run, held_out, range(len(held_out))):
             result = _loss(run, batch, reference)
-            _add_metrics(means, result)
-            everything = torch.ones(len(batch), dtype=torch.bool, device=result.loss.device)
-            means.add(everything, loss=result.loss.expand(len(batch)))
+            _add_metrics(means, result, batch.counts)
+            counted = torch.full((len(batch),), batch.counts, device=result.loss.device)
+            means.add(counted, loss=result.loss.expand(len(batch)))
     return {f"eval/{name}": value for name, value in means.reduce(run.accelerator).items()}
 
 
-def _add_metrics(means: Means, result: rl.PreferenceLoss) -> None:
-    """TRL's metrics of pairs."""
+def _add_metrics(means: Means, result: rl.PreferenceLoss, counts: bool) -> None:
+    """TRL's metrics of pairs; of pairs that do not count the names alone."""
     chosen, rejected = result.chosen_reward, result.rejected_reward
-    everything = torch.ones_like(chosen, dtype=torch.bool)
+    counted = torch.full_like(chosen, counts, dtype=torch.bool)
     values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -285,4 +290,4 @@ def _add_metrics(means: Means, result: rl.PreferenceLoss) -> None:
         "logps/chosen": result.chosen_logp,
         "logps/rejected": result.rejected_logp,
     }
-    means.add(everything, **values)
+    means.add(counted, **values)

@@ -116,9 +116,9 @@ def train_grpo(
                     sampled.metrics | trained | clock.lap(tokens) | {"num_tokens": run.num_tokens}
                 )
                 metrics["epoch"] = step / updates * prompts / len(rows)
-                if held_out is not None and wants_evaluation(run, step):
-                    metrics |= evaluate(run, held_out, judge)
                 log.add(step, metrics)
+                if held_out is not None and wants_evaluation(run, step):
+                    log.write(step, evaluate(run, held_out, judge))
                 clock.skip()
                 tokens = 0
             # Between generation batches alone, so that a resumed run starts with a fresh one.

@@ -91,8 +91,9 @@ class Log:
         self.write(step, means | counters)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a line as it is."""
-        self.last = {"step": step, **metrics}
+        """Write a line as it is; `last` has all of the last step's lines."""
+        known = self.last if self.last.get("step") == step else {}
+        self.last = {**known, "step": step, **metrics}
         self.tracker.log(step, metrics)
 
 

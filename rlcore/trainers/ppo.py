@@ -121,9 +121,9 @@ def train_ppo(
             tokens = sampled.metrics.pop("tokens")
             metrics = sampled.metrics | objective | trained | clock.lap(tokens)
             metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
-            if held_out is not None and wants_evaluation(run, step):
-                metrics |= evaluate(run, held_out, judge)
             log.add(step, metrics)
+            if held_out is not None and wants_evaluation(run, step):
+                log.write(step, evaluate(run, held_out, judge))
             clock.skip()
             save_if_due(run, step)
         critic.save(config.output_dir)

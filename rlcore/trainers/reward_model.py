@@ -10,6 +10,7 @@ answer: a pair too long for the model to see it is left out, not cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from rlcore.trainers.common import (
     make_accelerator,
     optimizer_step,
     save_if_due,
-    split,
+    shared_out,
     start_run,
     summed,
     total_steps,
@@ -46,6 +47,7 @@ from rlcore.trainers.train_config import TrainConfig, check_train_config
 
 __all__ = ["RewardModelConfig", "train_reward_model"]
 
+INF = math.inf
 DISPLAYED = ("loss", "accuracy", "margin", "tokens_per_second")
 
 
@@ -100,9 +102,9 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
             run.num_tokens += tokens
             metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
             metrics["epoch"] = step * rows / len(pairs)
-            if held_out is not None and wants_evaluation(run, step):
-                metrics |= _evaluate(run, held_out)
             log.add(step, metrics)
+            if held_out is not None and wants_evaluation(run, step):
+                log.write(step, _evaluate(run, held_out))
             save_if_due(run, step)
             clock.skip()
         return finish_run(run, log)
@@ -125,8 +127,8 @@ def _train_step(run: Run, step: int, pairs: Sequence[Pair]) -> dict[str, float]:
     num_items = len(pairs) / run.accelerator.num_processes
     seen: list[torch.Tensor] = []
 
-    def loss_of(batch: Sequence[Pair]) -> torch.Tensor:
-        loss, scores = _loss(run, batch, num_items)
+    def loss_of(batch: tuple[Sequence[Pair], bool]) -> torch.Tensor:
+        loss, scores = _loss(run, *batch, num_items)
         seen.append(scores)
         return loss
 
@@ -134,16 +136,19 @@ def _train_step(run: Run, step: int, pairs: Sequence[Pair]) -> dict[str, float]:
     return trained | _score_metrics(run, torch.cat(seen, dim=1))
 
 
-def _micro_batches(run: Run, pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
-    """This process's share, in micro-batches of pairs of like length."""
-    accelerator = run.accelerator
+def _micro_batches(run: Run, pairs: Sequence[Pair]) -> list[tuple[Sequence[Pair], bool]]:
+    """This process's share, in micro-batches of pairs of like length, and whether each counts."""
     ordered = sorted(pairs, key=len, reverse=True)
-    mine = ordered[accelerator.process_index :: accelerator.num_processes]
-    return split(mine, run.config.per_device_train_batch_size)
+    return shared_out(run, ordered, run.config.per_device_train_batch_size)
 
 
-def _loss(run: Run, pairs: Sequence[Pair], num_items: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs' part of the mean loss, and their scores (2, B), chosen first, detached."""
+def _loss(
+    run: Run, pairs: Sequence[Pair], counts: bool, num_items: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pairs' part of the mean loss, and their scores (2, B), chosen first, detached.
+
+    Of pairs that do not count: 0, and (2, 0).
+    """
     device = run.accelerator.device
     batch = collate_pairs(pairs, run.tokenizer.pad_token_id).to(device)
     with run.accelerator.autocast():
@@ -157,7 +162,8 @@ def _loss(run: Run, pairs: Sequence[Pair], num_items: float) -> tuple[torch.Tens
         center_rewards_coefficient=run.config.center_rewards_coefficient,
         num_items=num_items,
     )
-    return loss, torch.stack([chosen, rejected]).detach()
+    scores = torch.stack([chosen, rejected]).detach()
+    return loss * counts, scores[:, : len(pairs) * counts]
 
 
 def _score_metrics(run: Run, scores: torch.Tensor) -> dict[str, float]:
@@ -171,9 +177,11 @@ def _score_metrics(run: Run, scores: torch.Tensor) -> dict[str, float]:
         mean_reward=(chosen + rejected) / 2,
     )
     gather = run.accelerator.gather
+    # a process may have no pair
+    low, high = (torch.cat([scores.flatten(), scores.new_tensor([end])]) for end in (INF, -INF))
     return means.reduce(run.accelerator) | {
-        "min_reward": gather(scores.amin().reshape(1)).min().item(),
-        "max_reward": gather(scores.amax().reshape(1)).max().item(),
+        "min_reward": gather(low.amin().reshape(1)).min().item(),
+        "max_reward": gather(high.amax().reshape(1)).max().item(),
     }
 
 
@@ -181,7 +189,7 @@ def _score_metrics(run: Run, scores: torch.Tensor) -> dict[str, float]:
 def _evaluate(run: Run, pairs: Sequence[Pair]) -> dict[str, float]:
     """Loss and scores of held-out pairs."""
     with evaluating(run.model):
-        parts = [_loss(run, batch, len(pairs)) for batch in _micro_batches(run, pairs)]
+        parts = [_loss(run, *batch, len(pairs)) for batch in _micro_batches(run, pairs)]
     losses, scores = zip(*parts, strict=True)
     metrics = _score_metrics(run, torch.cat(scores, dim=1))
     metrics["loss"] = summed(run.accelerator, sum(losses).item())

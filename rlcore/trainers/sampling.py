@@ -15,7 +15,7 @@ from rlcore.code_reward import code_runs, code_runs_in
 from rlcore.reward_model import RewardModel
 from rlcore.rewards import RewardFunction, Rewards, compute_rewards, load_reward, reward_name
 from rlcore.rollout import Rollout, generate
-from rlcore.trainers.common import Run, mix_seed, split
+from rlcore.trainers.common import Run, mix_seed, shared_out
 from rlcore.trainers.experience import Experience, from_rollout
 from rlcore.trainers.sampling_config import SamplingConfig
 
@@ -193,9 +193,9 @@ def _nanstd(rows: torch.Tensor) -> torch.Tensor:
 def evaluate(run: Run, rows: Any, judge: Judge) -> dict[str, float]:
     """Rewards of one greedy completion for each held-out row: {"eval/reward", ...}."""
     config, accelerator = run.config, run.accelerator
-    mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
     sums = torch.zeros(2 + len(judge.names), 2, dtype=torch.float64)
-    for batch in split(mine, config.per_device_train_batch_size):
+    batches = shared_out(run, range(len(rows)), config.per_device_train_batch_size)
+    for batch, counts in batches:
         columns = rows[list(batch)]
         rollout = generate(
             run.policy,
@@ -206,6 +206,8 @@ def evaluate(run: Run, rows: Any, judge: Judge) -> dict[str, float]:
             greedy=True,
             full_length=run.is_sharded,
         )
+        if not counts:
+            continue
         rewards = judge(columns, rollout)
         length = rollout.completion_mask.sum(1).float().cpu()
         values = torch.stack([rewards.total, length, *rewards.per_function.T])  # (2 + F, N)

@@ -8,6 +8,7 @@ before they are cut into micro-steps instead, which leaves little padding and th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from rlcore.trainers.common import (
     make_accelerator,
     optimizer_step,
     save_if_due,
-    split,
+    shared_out,
     start_run,
     summed,
     total_steps,
@@ -83,9 +84,9 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
             run.num_tokens += tokens
             metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
             metrics["epoch"] = step * rows / len(examples)
-            if held_out and wants_evaluation(run, step):
-                metrics["eval/loss"] = _evaluate(run, held_out)
             log.add(step, metrics)
+            if held_out and wants_evaluation(run, step):
+                log.write(step, {"eval/loss": _evaluate(run, held_out)})
             save_if_due(run, step)
             clock.skip()
         return finish_run(run, log)
@@ -109,12 +110,13 @@ def _train_step(run: Run, step: int, examples: list[Example]) -> dict[str, float
 
 def _micro_batches(run: Run, examples: Sequence[Example]) -> list[Batch]:
     """This process's share, in micro-batches of examples of like length."""
-    accelerator = run.accelerator
-    ordered = sorted(examples, key=len)
-    mine = ordered[accelerator.process_index :: accelerator.num_processes]
-    size = run.config.per_device_train_batch_size
-    pad_token_id = run.tokenizer.pad_token_id
-    return [collate(piece, pad_token_id).to(accelerator.device) for piece in split(mine, size)]
+    batches = []
+    for piece, counts in shared_out(
+        run, sorted(examples, key=len), run.config.per_device_train_batch_size
+    ):
+        batch = collate(piece, run.tokenizer.pad_token_id).to(run.accelerator.device)
+        batches.append(dataclasses.replace(batch, mask=batch.mask & counts))
+    return batches
 
 
 def _loss(run: Run, batch: Batch, num_items: float) -> torch.Tensor:

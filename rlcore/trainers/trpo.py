@@ -128,9 +128,9 @@ def train_trpo(
             tokens = sampled.metrics.pop("tokens")
             metrics = sampled.metrics | trained | clock.lap(tokens)
             metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
-            if held_out is not None and wants_evaluation(run, step):
-                metrics |= evaluate(run, held_out, judge)
             log.add(step, metrics)
+            if held_out is not None and wants_evaluation(run, step):
+                log.write(step, evaluate(run, held_out, judge))
             clock.skip()
             save_if_due(run, step)
         if critic is not None:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+# the tests, and the tree that they are in
+PATHS = os.pathsep.join(map(str, (HERE.parent, HERE.parents[1])))
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 
 
 def launch_two(script: str, directory: Path, *arguments: str) -> list[Any]:

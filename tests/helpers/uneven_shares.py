@@ -1,0 +1,121 @@
+"""Run by each of two gloo processes: every trainer, with held-out data that does not share evenly.
+
+python uneven_shares.py DIRECTORY; every rank writes what its runs ended with there. Alone, without
+torchrun, `every_run` does the same work in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers.tiny import PROMPTS, save_tiny
+from rlcore.trainers import (
+    DPOConfig,
+    GRPOConfig,
+    PGConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+    TRPOConfig,
+    train_dpo,
+    train_grpo,
+    train_pg,
+    train_ppo,
+    train_reward_model,
+    train_sft,
+    train_trpo,
+)
+
+HELD_OUT = (1, 3)  # rows: one process has none; one has a batch more
+SAMPLING = {
+    "reward": ["helpers.uneven_shares:sevens"],
+    "num_generations": 2,
+    "max_completion_length": 3,
+}
+SHARED_CRITIC = {"value_backbone": "shared"}
+
+
+def sevens(prompts: list, completions: list, **_: Any) -> list[float]:
+    """How often a completion says 7, and how long it is; on the second process nobody differs."""
+    if os.environ.get("RANK") == "1":
+        return [0.0] * len(completions)
+    return [text.count("7") + 0.01 * len(text) + 0.1 * n for n, text in enumerate(completions)]
+
+
+def write_data(directory: Path) -> None:
+    save_tiny(directory / "model", initializer_range=0.05)
+    rows = [
+        {"prompt": prompt, "completion": f" {n}7", "chosen": f" {n}7", "rejected": f" {n}"}
+        for n, prompt in enumerate(PROMPTS)
+    ]
+    for count in (*HELD_OUT, len(rows)):
+        lines = map(json.dumps, rows[:count])
+        (directory / f"rows{count}.jsonl").write_text("\n".join(lines))
+
+
+def every_run(directory: Path, processes: int) -> dict[str, dict[str, Any]]:
+    """{run: weights, and metrics of the last step}, of the same rows a step."""
+    accumulated = 2 // processes
+
+    def options(name: str, held_out: int, **changes: Any) -> dict[str, Any]:
+        return {
+            "model": str(directory / "model"),
+            "dataset": str(directory / f"rows{len(PROMPTS)}.jsonl"),
+            "eval_dataset": str(directory / f"rows{held_out}.jsonl"),
+            "output_dir": str(directory / f"{name}{held_out}-of-{processes}"),
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": accumulated,
+            "max_steps": 1,
+            "learning_rate": 1e-3,
+        } | changes
+
+    online = {
+        "online": True,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2 * accumulated,
+        **SAMPLING,
+    }
+    two = {"gradient_accumulation_steps": 2 * accumulated}
+    runs = {}
+    for held_out in HELD_OUT:
+        runs |= {
+            f"sft{held_out}": train_sft(SFTConfig(**options("sft", held_out))),
+            f"dpo{held_out}": train_dpo(DPOConfig(**options("dpo", held_out))),
+            f"precomputed{held_out}": train_dpo(
+                DPOConfig(**options("precomputed", held_out, precompute_ref_log_probs=True))
+            ),
+            f"reward_model{held_out}": train_reward_model(
+                RewardModelConfig(**options("reward_model", held_out))
+            ),
+            f"grpo{held_out}": train_grpo(
+                GRPOConfig(**options("grpo", held_out, **SAMPLING, **two))
+            ),
+        }
+    runs["online"] = train_dpo(DPOConfig(**options("online", 1, **online)))
+    runs["pg"] = train_pg(PGConfig(**options("pg", 1, **SAMPLING, **two)))
+    trpo = options("trpo", 1, **SAMPLING, **two)
+    del trpo["learning_rate"]  # delta says how far it goes
+    runs["trpo"] = train_trpo(TRPOConfig(**trpo))
+    runs["ppo"] = train_ppo(PPOConfig(**options("ppo", 1, **SAMPLING, **two, **SHARED_CRITIC)))
+    return {
+        name: {"weights": result.model.state_dict(), "metrics": result.metrics}
+        for name, result in runs.items()
+    }
+
+
+def main() -> None:
+    directory, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    torch.save(every_run(directory, 2), directory / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
