@@ -482,6 +482,9 @@ def test_one_line_says_which_fences_hold_and_which_do_not(monkeypatch):
     held, missing = line.split("; not to be had here: ")
     assert held.endswith("by resource limits, user namespace, Landlock (files, TCP)")
     assert "process namespace" in missing and "system call filter" in missing
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert "root" not in describe()
+    monkeypatch.setattr(os, "getuid", lambda: 0)
     monkeypatch.setattr(sandbox, "_probe", lambda: ((), 0))
     held, missing = describe().split("; not to be had here: ")
     assert held.endswith("by resource limits") and missing.count(",") == len(FENCES) - 1
