@@ -132,13 +132,11 @@ def add_lora(
 
 
 def _routers(model: Any) -> list[str] | None:
-    """The linear layers that give more than their output, as some routers do; no adapter fits."""
+    """The routers that are linear layers: they give more than one output, so no adapter fits."""
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and type(module).forward is not torch.nn.Linear.forward
-        and type(module).__module__.startswith("transformers.models.")
+        if isinstance(module, torch.nn.Linear) and "Router" in type(module).__name__
     ]
     return names or None
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 
 from rlcore.adapters import NEW_HEAD, base_of_adapter, is_brought, load_adapter, merge_adapter
 from rlcore.errors import UserError, reason_of
-from rlcore.forward import reading_fault
+from rlcore.forward import probe_rows, reading_fault
 
 
 def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
@@ -92,7 +93,10 @@ def load_policy(
     fault = reading_fault(model)
     if fault is not None:
         raise UserError(f"{name_or_path!r} is no model to train: {fault}")
-    return _to_train(model, gradient_checkpointing, dropout)
+    model = _to_train(model, gradient_checkpointing, dropout)
+    if not dropout:
+        _check_quiet(model, name_or_path)
+    return model
 
 
 def load_classifier(
@@ -248,8 +252,32 @@ def _without_load_report() -> Iterator[None]:
 def disable_dropout(model: torch.nn.Module) -> None:
     """Set every dropout to 0: a policy ratio means nothing when each pass draws another network."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        # Llama-type attention keeps its rate as a plain attribute.
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        # many architectures keep a rate as a plain number: layerdrop, jitter_noise
+        for name in _rates(vars(module)):
+            setattr(module, name, 0.0)
+
+
+def _rates(values: dict[str, Any]) -> list[str]:
+    """The names among those of a module or a configuration that make a forward pass random."""
+    return [
+        name
+        for name, value in values.items()
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
+    ]
+
+
+@torch.no_grad()
+def _check_quiet(model: Any, name_or_path: str) -> None:
+    """Raise UserError where two passes in training mode differ though dropout is off."""
+    rates = _rates(model.config.get_text_config().to_dict())
+    if not rates:
+        return
+    ids, _ = probe_rows(model)
+    first, second = (model(ids, use_cache=False).logits for _ in range(2))
+    if not torch.equal(first, second):
+        raise UserError(
+            f"{name_or_path!r}: the dropout of a {type(model).__name__} cannot be switched off, as "
+            f"policy ratios need it: set {', '.join(rates)} to 0 in its config.json"
+        )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.architectures import tiny_architecture
 from helpers.tiny import PROMPTS, save_tiny, tiny_model, tiny_tokenizer
 
 from rlcore import forward
 from rlcore.encoding import Example, collate
 from rlcore.errors import UserError
 from rlcore.forward import completion_logits, position_ids
-from rlcore.models import load_policy, load_reference, load_tokenizer
+from rlcore.models import disable_dropout, load_policy, load_reference, load_tokenizer
 
 KINDS = ["gpt2", "llama", "qwen2", "gemma2", "gemma3"]
 
@@ -109,6 +110,35 @@ def test_dropout_can_be_switched_off_in_training_mode(tmp_path, kind, changes):
     assert noisy.training and quiet.training
     assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
     assert torch.equal(quiet(ids).logits, quiet(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Bloom", "OPT", "BioGpt", "GPTNeoX", "XGLM", "Phimoe"])
+def test_no_architecture_draws_dropout_once_it_is_switched_off(kind):
+    def made(**rates):
+        return tiny_architecture(kind, **rates).train()
+
+    plain = made()
+    rates = {
+        name: 0.5
+        for name, value in plain.config.to_dict().items()
+        if ("drop" in name or "jitter" in name) and type(value) in (int, float)
+    }
+    ids = torch.arange(3, 12)[None]
+    noisy, quiet = made(**rates), made(**rates)
+    # a dropped layer may be the same one a few times
+    assert len({float(noisy(ids).logits.double().sum()) for _ in range(8)}) > 1
+    disable_dropout(quiet)
+    assert torch.equal(quiet(ids).logits, quiet(ids).logits)
+    torch.testing.assert_close(quiet(ids).logits, plain.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_goes_on_drawing_dropout_is_refused_where_ratios_are_taken(tmp_path):
+    # Falcon reads its rates in each forward pass
+    tiny_architecture("Falcon", hidden_dropout=0.5).save_pretrained(tmp_path)
+    load_policy(str(tmp_path))
+    with pytest.raises(UserError, match=r"dropout of a FalconForCausalLM.*set hidden_dropout to 0"):
+        load_policy(str(tmp_path), dropout=False)
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(tmp_path):
