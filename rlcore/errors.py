@@ -11,11 +11,12 @@ class UserError(ValueError):
 
 
 class TrainingDiverged(RuntimeError):
-    """A quantity of the run became NaN or infinite; the optimizer step was not taken.
+    """A quantity of the run became NaN or infinite; it ends there, and nothing of it is saved.
 
     Args:
-        step: the optimizer step that was about to be taken, counted from 1.
-        quantity: what went wrong: "loss", "grad_norm", ...
+        step: the step in which it was found, counted from 1. Found in loss or gradient, the
+            optimizer has not taken it.
+        quantity: what went wrong: "loss", "grad_norm", "weight lm_head.weight", ...
         value: its value (nan, inf or -inf).
         last_checkpoint: the newest complete checkpoint, None where none was saved.
     """

@@ -249,6 +249,10 @@ def _is_exact(head: FusedHead, model: Any) -> bool:
 
     with evaluating(model):
         logits = plain._logits(model, batch)
+        if logits.isnan().any():
+            raise UserError(
+                f"{type(model).__name__} gives logits that are NaN: its weights are broken"
+            )
         if not agrees(logits):
             return False
         # a cap shows where logits are beyond it, which a model with small weights never comes to

@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from rlcore.adapters import NEW_HEAD, base_of_adapter, is_brought, load_adapter, merge_adapter
 from rlcore.errors import UserError, reason_of
+from rlcore.finite import first_not_finite
 from rlcore.forward import probe_rows, reading_fault
 
 
@@ -151,6 +152,7 @@ def _load_model(auto_class: Any, name_or_path: str, **options: Any) -> tuple[Any
     with _without_load_report():
         if base is None:
             model, info = _load(auto_class, "model", name_or_path, **options)
+            _check_finite(model, name_or_path)
             return model, _fit(info)
         try:
             model, info = _load(auto_class, "model", base, **options)
@@ -160,6 +162,7 @@ def _load_model(auto_class: Any, name_or_path: str, **options: Any) -> tuple[Any
             ) from error
         loaded, of_adapter = _fit(info), _fit(load_adapter(model, name_or_path))
     missing = {name: why for name, why in loaded.missing.items() if not is_brought(model, name)}
+    _check_finite(model, name_or_path)
     return merge_adapter(model), _Loaded(missing | of_adapter.missing, of_adapter.unused)
 
 
@@ -170,6 +173,15 @@ def _fit(info: dict[str, Any]) -> _Loaded:
         for name, theirs, ours in info["mismatched_keys"]
     }
     return _Loaded(dict.fromkeys(info["missing_keys"], "") | shapes, set(info["unexpected_keys"]))
+
+
+def _check_finite(model: Any, name_or_path: str) -> None:
+    """Raise UserError where a weight is NaN or infinite: nothing could be trained from there."""
+    found = first_not_finite(model.named_parameters())
+    if found is not None:
+        raise UserError(
+            f"{name_or_path!r} holds a broken model: its weight {found[0]} has a {found[1]}"
+        )
 
 
 def _is_new_head(name: str) -> bool:

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rlcore.checkpoint import checkpoints
+from rlcore.checkpoint import checkpoints, newest_intact
 from rlcore.errors import UserError
 from rlcore.locking import LOCK_FILE, check_unlocked, locked
 from rlcore.run_record import RECORD_FILE, read_record
@@ -28,8 +28,9 @@ REPLACED = ".replaced"
 _HALF_MOVED = ".replaced.partial"  # on its way into REPLACED, or back from there
 # what runs write besides what their record names: without a result, and with one
 _EARLY = {METRICS_FILE, "metrics.partial", CONFIG_FILE, RECORD_FILE, "tensorboard", "wandb"}
-_RESULTS = re.compile(r"checkpoint-\d+|value_model|value_head\.safetensors")
-_HALF_WRITTEN = re.compile(r"\.(checkpoint-\d+|value_model)\.partial\d*")
+STAGED = r"checkpoint-\d+|value_model|value_head\.safetensors"  # what a run writes in whole pieces
+_RESULTS = re.compile(STAGED)
+_HALF_WRITTEN = re.compile(rf"\.({STAGED})\.partial\d*")
 
 
 def check_output_dir(
@@ -71,6 +72,15 @@ def last_resumable(directory: str | Path) -> Path | None:
     """The newest complete checkpoint of the run that `--resume` goes on with, or None."""
     found = [step for home in _homes(Path(directory)) for step in checkpoints(home)]
     return max(found)[1] if found else None
+
+
+def last_intact(directory: str | Path) -> tuple[Path, list[str]]:
+    """The same after every byte was read, and a line on each newer one that is damaged.
+
+    Raises:
+        UserError: there is none.
+    """
+    return newest_intact(_homes(Path(directory)))
 
 
 def file_of_run(directory: str | Path, name: str) -> Path | None:

@@ -25,6 +25,7 @@ RewardFunction = Callable[..., list]
 REGEX_SECONDS = 1.0
 # what a reward function is called with besides the data's columns
 GIVEN = ("prompts", "completions", "completion_ids")
+LARGEST_REWARD = 1e18  # float32 holds the sum of the squares of a batch of them
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,12 @@ def compute_rewards(
     per_function = torch.tensor(scores, dtype=torch.float32).T  # (N, F)
     weighted = per_function * torch.tensor(weights, dtype=torch.float32)
     total = torch.where(per_function.isnan().all(1), torch.nan, weighted.nansum(1))
+    if (total.abs() > LARGEST_REWARD).any():
+        largest = total.abs().nan_to_num(0).max().item()
+        raise UserError(
+            f"rewards times reward_weights come to {largest:g}, and advantages square them: scale "
+            f"them down to {LARGEST_REWARD:g} at most"
+        )
     return Rewards(total, per_function)
 
 
@@ -254,9 +261,9 @@ def _number(score: Any, name: str, index: int) -> float:
         value = float(score)
     except (TypeError, ValueError):
         value = math.nan
-    if isinstance(score, str) or not math.isfinite(value):
+    if isinstance(score, str) or not math.isfinite(value) or abs(value) > LARGEST_REWARD:
         raise UserError(
             f"reward function {name!r} returned {score!r} for completion {index}: "
-            "a reward is a finite number or None"
+            f"a reward is a finite number of {LARGEST_REWARD:g} at most, or None"
         )
     return value

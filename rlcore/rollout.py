@@ -7,6 +7,7 @@ once they are half of it. The same seed gives the same completions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,8 @@ def generate(
     Raises:
         UserError: a prompt without tokens, or messages without a chat template.
         ValueError: a sampling option out of its range.
+        FloatingPointError: the logits that a token was chosen by, over temperature, are NaN or
+            infinite; at the end, so that every process has made its forward passes.
     """
     device = next(model.parameters()).device
     encoded = encode_prompts(tokenizer, prompts, max_prompt_length)
@@ -86,7 +89,9 @@ def generate(
     eos = end_tokens(model, tokenizer).to(device)
     with torch.no_grad(), evaluating(model):
         decoder = _Decoder(model, prompt_ids, prompt_mask, num_generations)
-        ids = _decode(decoder, choose, eos, max_new_tokens, not full_length)
+        ids, broken = _decode(decoder, choose, eos, max_new_tokens, not full_length)
+    if broken:
+        raise FloatingPointError(f"{type(model).__name__} gives logits that are NaN or infinite")
     completion_mask, truncated = _up_to_end(ids, eos)
     completion_ids = torch.where(completion_mask, ids, tokenizer.pad_token_id)
     spoken = completion_mask & ~torch.isin(ids, eos)
@@ -186,20 +191,23 @@ def check_sampling(model: Any) -> None:
         )
 
 
+# from logits (N, V) to a token a row, (N,), and whether its logits were not fit to choose by, (N,)
+Chooser = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 def _decode(
-    decoder: _Decoder,
-    choose: Callable[[torch.Tensor], torch.Tensor],
-    eos: torch.Tensor,
-    max_new_tokens: int,
-    drop_ended: bool,
-) -> torch.Tensor:
-    """(N, C) int64: every row's tokens; what follows an end token means nothing."""
+    decoder: _Decoder, choose: Chooser, eos: torch.Tensor, max_new_tokens: int, drop_ended: bool
+) -> tuple[torch.Tensor, bool]:
+    """(ids (N, C) int64: every row's tokens, where what follows an end token means nothing; broken:
+    some token was chosen from logits that were not fit for it)."""
     count = len(decoder.mask)
     rows = torch.arange(count, device=eos.device)  # the rows still in the decoder
     ended = torch.zeros(count, dtype=torch.bool, device=eos.device)
     columns: list[torch.Tensor] = []
+    broken = torch.zeros((), dtype=torch.bool, device=eos.device)
     while True:
-        token = choose(decoder.logits)
+        token, unfit = choose(decoder.logits)
+        broken |= unfit.any()
         columns.append(torch.zeros(count, dtype=torch.int64, device=eos.device))
         columns[-1][rows] = token
         ended = ended | torch.isin(token, eos)
@@ -211,7 +219,7 @@ def _decode(
             decoder.keep(alive)
             rows, ended, token = rows[alive], ended[alive], token[alive]
         decoder.advance(token)
-    return torch.stack(columns, dim=1)
+    return torch.stack(columns, dim=1), bool(broken)
 
 
 def _up_to_end(ids: torch.Tensor, eos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,26 +247,29 @@ def _texts(
     return texts
 
 
-def _likeliest(logits: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(-1)
+def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # a NaN counts as the largest
+    largest, token = logits.max(-1)
+    return token, ~largest.isfinite()
 
 
-def _sampler(
-    temperature: float, top_p: float, top_k: int, generator: torch.Generator
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from logits (N, V) to one sampled token a row, (N,)."""
-    if not temperature > 0:
+def _sampler(temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Chooser:
+    """A chooser that samples."""
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive, not {temperature}; greedy=True is its 0")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], not {top_p}")
     if top_k < 0:
         raise ValueError(f"top_k must be 0 (off) or positive, not {top_k}")
 
-    def choose(logits: torch.Tensor) -> torch.Tensor:
+    def choose(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         probabilities = (logits.float() / temperature).softmax(-1)
+        # one NaN or +inf among the logits makes a NaN of every probability
+        unfit = probabilities[:, 0].isnan()
+        probabilities.masked_fill_(unfit[:, None], 1.0)
         if top_k or top_p < 1:
             probabilities = _truncated(probabilities, top_p, top_k)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1), unfit
 
     return choose
 

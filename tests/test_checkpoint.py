@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+import pickle
+import random
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from helpers.tiny import tiny_tokenizer
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlcore import atomic, checkpoint
+from rlcore import atomic, checkpoint, output_dir
 from rlcore.checkpoint import (
     last_checkpoint,
     load_checkpoint,
+    newest_intact,
     save_checkpoint,
     save_model,
 )
 from rlcore.errors import UserError
+from rlcore.unpickling import data_alone
 
 
 class Killed(BaseException):
@@ -88,7 +100,7 @@ def test_a_model_that_fails_to_save_leaves_nothing(tmp_path):
     def fail(directory):
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot write .*disk full"):
         save_model(tiny_model(), SimpleNamespace(save_pretrained=fail), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -156,6 +168,8 @@ def test_a_run_killed_before_the_rename_leaves_the_older_checkpoint_the_last(
     save_checkpoint(parts.accelerator, tmp_path, 1)
 
     def kill(*_):
+        # a dead process tidies nothing up
+        patched.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
         raise Killed
 
     with monkeypatch.context() as patched:
@@ -186,6 +200,245 @@ def test_a_damaged_checkpoint_is_passed_over(setup, tmp_path, damage):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     with pytest.raises(UserError, match="not a complete checkpoint"):
         load_checkpoint(parts.accelerator, broken)
+
+
+def signed(directory: Path) -> None:
+    """Write the manifest that the files ask for, as whoever changed them would."""
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.unlink()
+    path.write_text(json.dumps(manifest | {"files": atomic.fingerprints(directory)}))
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of a file, and nothing of its size."""
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_is_found_and_the_older_checkpoint_taken(setup, tmp_path):
+    parts = setup()
+    take_steps(parts, 1)
+    older = save_checkpoint(parts.accelerator, tmp_path, 9)
+    newer = save_checkpoint(parts.accelerator, tmp_path, 10)
+    assert newest_intact([tmp_path]) == (newer, [])
+    names = json.loads((newer / "manifest.json").read_text())["files"]
+    assert {"model.safetensors", "optimizer.bin", "trainer_state_0.pt", "config.json"} <= set(names)
+    for number, name in enumerate(names):
+        flip(newer / name, 7919 * number)
+        found, lines = newest_intact([tmp_path])
+        assert found == older
+        assert lines == [
+            f"{newer} is damaged ({name} is not what was written): going on from checkpoint-9"
+        ]
+        flip(newer / name, 7919 * number)
+    assert newest_intact([tmp_path]) == (newer, [])
+    for directory in (older, newer):
+        flip(directory / "optimizer.bin", 100)
+    with pytest.raises(UserError, match=r"nothing to resume.*checkpoint-10.*checkpoint-9"):
+        newest_intact([tmp_path])
+
+
+def test_files_in_folders_of_a_checkpoint_count_like_the_others(setup, tmp_path, monkeypatch):
+    parts = setup()
+    save_configs = checkpoint._save_configs
+
+    def with_shards(accelerator, tokenizer, staging):
+        save_configs(accelerator, tokenizer, staging)
+        (staging / "pytorch_model_fsdp_0").mkdir()
+        (staging / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"shard")
+
+    monkeypatch.setattr(checkpoint, "_save_configs", with_shards)
+    save_checkpoint(parts.accelerator, tmp_path, 1)
+    # the same step once more: a folder takes a folder's place
+    directory = save_checkpoint(parts.accelerator, tmp_path, 1)
+    shard = directory / "pytorch_model_fsdp_0" / "__0_0.distcp"
+    entry = json.loads((directory / "manifest.json").read_text())["files"][
+        "pytorch_model_fsdp_0/__0_0.distcp"
+    ]
+    # sha256 of the five bytes
+    assert entry == {"bytes": 5, "sha256": hashlib.sha256(b"shard").hexdigest()}
+    shard.write_bytes(b"Shard")
+    with pytest.raises(UserError, match="distcp is not what was written"):
+        newest_intact([tmp_path])
+    shard.unlink()
+    assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_damaged_checkpoints_do_not_count_among_those_that_stay(setup, tmp_path, damage):
+    parts = setup()
+    save_checkpoint(parts.accelerator, tmp_path, 10)
+    broken = save_checkpoint(parts.accelerator, tmp_path, 20) / "optimizer.bin"
+    if damage == "cut":
+        broken.write_bytes(broken.read_bytes()[:-1])
+    else:
+        flip(broken, 50)
+    # the run has gone on from checkpoint-10
+    save_checkpoint(parts.accelerator, tmp_path, 15, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-15"]
+    assert newest_intact([tmp_path]) == (tmp_path / "checkpoint-15", [])
+
+
+def test_all_random_generators_go_on_where_they_were(setup, tmp_path):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    parts = setup()
+    draw()
+    directory = save_checkpoint(parts.accelerator, tmp_path, 1)
+    expected = draw()
+    assert draw() != expected
+    load_checkpoint(parts.accelerator, directory)
+    assert draw() == expected
+
+
+def test_a_random_state_that_cannot_be_read_is_an_error(setup, tmp_path):
+    parts = setup()
+    directory = save_checkpoint(parts.accelerator, tmp_path, 1)
+    own = torch.load(directory / "trainer_state_0.pt", weights_only=True)
+    for random_state in ({}, own["random_state"] | {"torch": torch.zeros(3, dtype=torch.uint8)}):
+        torch.save(own | {"random_state": random_state}, directory / "trainer_state_0.pt")
+        signed(directory)
+        with pytest.raises(UserError, match="cannot go on from"):
+            load_checkpoint(parts.accelerator, directory)
+
+
+def test_where_another_process_cannot_go_on_this_one_does_not_either(setup, tmp_path):
+    parts = setup()
+    directory = save_checkpoint(parts.accelerator, tmp_path, 1)
+
+    class Two:
+        """The accelerator of one of two processes, whose other one fails."""
+
+        def __getattr__(self, name):
+            return getattr(parts.accelerator, name)
+
+        def reduce(self, value, how):
+            return value + 1
+
+    with pytest.raises(UserError, match=r"cannot go on from .*: another process failed"):
+        load_checkpoint(Two(), directory)
+    with pytest.raises(UserError, match=r"cannot write .*: another process failed"):
+        save_checkpoint(Two(), tmp_path, 2)
+
+
+class Malice:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+EXECUTED_ONCE = ("custom_checkpoint_0.pkl", "random_states_0.pkl", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("write", ["pickle", "torch"])
+def test_no_file_of_a_checkpoint_runs_what_stands_in_it(setup, tmp_path, write):
+    parts = setup()
+    take_steps(parts, 1)
+    whole = save_checkpoint(parts.accelerator, tmp_path, 1)
+    trace = tmp_path / "trace"
+    names = [path.name for path in whole.iterdir() if path.name != "manifest.json"]
+    for name in (*names, *EXECUTED_ONCE):
+        directory = tmp_path / "checkpoint-2"
+        shutil.copytree(whole, directory)
+        if write == "pickle":
+            (directory / name).write_bytes(pickle.dumps(Malice(trace)))
+        else:
+            torch.save({"state": Malice(trace)}, directory / name)
+        if name == "pytorch_model.bin":
+            (directory / "model.safetensors").unlink()
+        signed(directory)
+        assert last_checkpoint(tmp_path) == directory
+        # what is never read does no harm, everything else is refused in one sentence
+        with contextlib.suppress(UserError):
+            load_checkpoint(parts.accelerator, directory)
+        assert not trace.exists(), name
+        shutil.rmtree(directory)
+
+
+def test_a_sharded_folder_runs_nothing_either(tmp_path):
+    saved = {"weight": torch.arange(6.0).view(2, 3), "lr": 0.5, "betas": (0.9, 0.99)}
+    into = {"weight": torch.zeros(2, 3), "lr": 0.0, "betas": (0.0, 0.0)}
+    trace = tmp_path / "trace"
+    dcp.save(saved, checkpoint_id=tmp_path / "good", no_dist=True)
+    with data_alone():
+        dcp.load(into, checkpoint_id=tmp_path / "good", no_dist=True)
+    assert torch.equal(into["weight"], saved["weight"])
+    assert (into["lr"], into["betas"]) == (0.5, (0.9, 0.99))
+
+    dcp.save(saved | {"lr": Malice(trace)}, checkpoint_id=tmp_path / "value", no_dist=True)
+    shutil.copytree(tmp_path / "good", tmp_path / "index")
+    (tmp_path / "index" / ".metadata").write_bytes(pickle.dumps(Malice(trace)))
+    for name in ("value", "index"):
+        with data_alone(), pytest.raises((CheckpointException, pickle.UnpicklingError)):
+            dcp.load(into, checkpoint_id=tmp_path / name, no_dist=True)
+        assert not trace.exists(), name
+    # and without the guard it does run
+    with contextlib.suppress(Exception):
+        dcp.load(into, checkpoint_id=tmp_path / "value", no_dist=True)
+    assert trace.exists()
+
+
+@contextlib.contextmanager
+def disk_of(size: int):
+    """No file can grow beyond `size` bytes for a while."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 200, 4000, 9000])
+def test_a_full_disk_is_one_sentence_and_costs_no_older_checkpoint(setup, tmp_path, size):
+    """The limit meets configuration, weights (10 kB), optimizer (20 kB) and manifest in turn."""
+    parts = setup()
+    take_steps(parts, 1)
+    older = save_checkpoint(parts.accelerator, tmp_path, 1, keep=1)
+    with disk_of(size), pytest.raises(UserError, match=r"cannot write .*checkpoint-2.* MB free"):
+        save_checkpoint(parts.accelerator, tmp_path, 2, keep=1)
+    with disk_of(size), pytest.raises(UserError, match=r"cannot write .*model"):
+        save_model(parts.model, tiny_tokenizer(), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert newest_intact([tmp_path]) == (older, [])
+
+
+def test_what_a_dead_process_left_half_written_is_removed(tmp_path):
+    left = [tmp_path / ".model.partial123", tmp_path / ".model.partial"]
+    others = [
+        tmp_path / ".models.partial1",
+        tmp_path / ".model.partial1x",
+        tmp_path / "model.partial",
+    ]
+    for path in (*left, *others):
+        path.mkdir()
+        (path / "model.safetensors").write_text("half")
+    with atomic.staged(tmp_path / "model") as staging:
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in others)
+        # one that is being written stays, whatever its number
+        atomic.remove_leftovers(tmp_path, "model")
+        assert staging.exists()
+        (staging / "file").write_text("whole")
+    assert (tmp_path / "model" / "file").read_text() == "whole"
+    (tmp_path / ".value_head.safetensors.partial").write_text("half")
+    atomic.remove_leftovers(tmp_path, output_dir.STAGED)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model", *(path.name for path in others)}
+
+
+def test_directories_above_are_made_where_they_are_missing(setup, tmp_path):
+    save_model(tiny_model(), None, tmp_path / "not" / "there" / "model")
+    assert loadable(tmp_path / "not" / "there" / "model") is not None
+    save_checkpoint(setup().accelerator, tmp_path / "nor" / "here", 3)
+    assert last_checkpoint(tmp_path / "nor" / "here").name == "checkpoint-3"
 
 
 def test_only_the_newest_checkpoints_stay(setup, tmp_path):

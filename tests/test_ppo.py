@@ -14,7 +14,6 @@ from helpers.tiny import tiny_model
 from rlcore.heads import choose_head
 from rlcore.trainers import pg, ppo
 from rlcore.trainers import ppo_update as ppo_steps
-from rlcore.trainers.credit import Coefficients
 from rlcore.trainers.ppo import _train
 from rlcore.trainers.ppo_update import update as ppo_update
 from rlcore.trainers.ppo_update import warm_up
@@ -185,8 +184,8 @@ def trained(tmp_path, made, step=1, **changes):
     changes = {"learning_rate": 3e-3} | changes
     run, critic = make.make_run(make.ppo_config(tmp_path, **changes))
     before = [copy.deepcopy(model.state_dict()) for model in (run.policy, critic.run.model)]
-    coefficients = Coefficients(kl_coef=0.1, penalty_coef=1.0)
-    return _train(run, critic, step, made, 0, coefficients), run, critic, *before
+    run.coefficients = {"kl_coef": 0.1, "penalty_coef": 1.0}
+    return _train(run, critic, step, made, 0), run, critic, *before
 
 
 def unchanged(model, before, tolerance=0.0) -> bool:

@@ -12,7 +12,6 @@ from helpers.tiny import tiny_model
 
 import rlcore as rl
 from rlcore.errors import UserError
-from rlcore.trainers.credit import Coefficients
 from rlcore.trainers.policies import Policy
 from rlcore.trainers.ppo import _adapt, _experience
 from rlcore.trainers.ppo_config import check_ppo_config
@@ -31,7 +30,8 @@ def judged(tmp_path, made, **changes):
     """(experience, metrics) that PPO makes of a sampled batch, with a reference."""
     run, critic = make.make_run(make.ppo_config(tmp_path, kl_coef=0.1, **changes))
     reference = Policy(tiny_model("gpt2", seed=5), run.head)
-    return _experience(run, critic, reference, sampled(made), Coefficients(kl_coef=0.1))
+    run.coefficients = {"kl_coef": 0.1}
+    return _experience(run, critic, reference, sampled(made))
 
 
 def naive_rows(made, bootstrap=False, gamma=0.9, lam=0.8, penalty=0.0):
@@ -137,28 +137,28 @@ def test_the_coefficients_follow_the_papers_rules(tmp_path):
     made = make.experience(old=0.5)
     options = {"kl_coef": 0.1, "kl_target": 6.0, "kl_mode": "penalty", "penalty_target": 1e-3}
     run, _ = make.make_run(make.ppo_config(tmp_path, **options))
-    coefficients = Coefficients(kl_coef=0.2, penalty_coef=3.0)
+    run.coefficients = {"kl_coef": 0.2, "penalty_coef": 3.0}
     metrics = {"objective/kl": 60.0}
-    _adapt(run, 1, made, metrics, coefficients)
+    _adapt(run, 1, made, metrics)
     # both far too far: 20% of error at a gain of 0.1, and doubled
-    assert coefficients.values == pytest.approx({"kl_coef": 0.204, "penalty_coef": 6.0})
+    assert run.coefficients == pytest.approx({"kl_coef": 0.204, "penalty_coef": 6.0})
     logp = grpo_make.naive_logp(tiny_model("gpt2"), made, 1.0)[0]
     log_ratio = (logp - made.old_logp)[made.mask]
     expected = (log_ratio.exp() - 1 - log_ratio).mean().item()
     assert metrics["policy/kl"] == pytest.approx(expected, rel=1e-4)
     still = make.experience(old=0.0)
-    _adapt(run, 1, still, {"objective/kl": 0.0}, coefficients)
-    assert coefficients.values == pytest.approx({"kl_coef": 0.204 * 0.98, "penalty_coef": 3.0})
+    _adapt(run, 1, still, {"objective/kl": 0.0})
+    assert run.coefficients == pytest.approx({"kl_coef": 0.204 * 0.98, "penalty_coef": 3.0})
 
 
 def test_the_penalty_never_vanishes_and_a_warm_up_adapts_nothing(tmp_path):
     made = make.experience(old=0.0)
     run, _ = make.make_run(make.ppo_config(tmp_path, kl_mode="penalty", value_warmup_steps=3))
-    coefficients = Coefficients(penalty_coef=1.5e-6)
-    _adapt(run, 3, made, {}, coefficients)
-    assert coefficients["penalty_coef"] == 1.5e-6
-    _adapt(run, 4, made, {}, coefficients)
-    assert coefficients["penalty_coef"] == 1e-6
+    run.coefficients = {"penalty_coef": 1.5e-6}
+    _adapt(run, 3, made, {})
+    assert run.coefficients["penalty_coef"] == 1.5e-6
+    _adapt(run, 4, made, {})
+    assert run.coefficients["penalty_coef"] == 1e-6
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(config, mon
 
 
 def test_an_infinite_gradient_stops_the_run_before_its_step(config, monkeypatch):
-    monkeypatch.setattr(
-        common, "_clip", lambda accelerator, model, limit: torch.tensor(float("inf"))
-    )
+    monkeypatch.setattr(common, "clip_gradients", lambda run: float("inf"))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(TrainingDiverged, match="step 1: grad_norm is inf"):
         train_sft(config)

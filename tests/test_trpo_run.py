@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import actor_critic as make
 from helpers.tiny import save_tiny
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlcore.cli import main
-from rlcore.errors import UserError
+from rlcore.errors import TrainingDiverged, UserError
 from rlcore.tracking import read_metrics
 from rlcore.trainers import trpo
 from rlcore.trainers.trpo import TRPOConfig, train_trpo
@@ -186,6 +187,32 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path, options
     for line, other in zip(lines(config), lines(halves), strict=True):
         for name in set(line) - {"step_time", "tokens_per_second"}:
             assert line[name] == other[name], name
+
+
+def test_the_value_model_is_saved_as_it_was_fitted(config, monkeypatch):
+    made, load = [], trpo.load_critic
+
+    def spy(*arguments):
+        made.append(load(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(trpo, "load_critic", spy)
+    run(config, max_steps=1, **VALUE)
+    saved = load_file(Path(config.output_dir) / "value_model" / "model.safetensors")
+    fitted = made[0].run.policy.classifier.state_dict()
+    assert saved.keys() == fitted.keys()
+    assert all(torch.equal(value, fitted[name]) for name, value in saved.items())
+    assert saved["score.weight"].any(), "it starts at 0"
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_moves_nothing(config, monkeypatch):
+    step = trpo.natural_step
+    monkeypatch.setattr(
+        trpo, "natural_step", lambda *a, **k: step(*a, **k)._replace(expected=float("nan"))
+    )
+    with pytest.raises(TrainingDiverged, match="step 1: trpo/expected_improvement is nan"):
+        run(config)
+    assert not (Path(config.output_dir) / "config.json").exists()
 
 
 def test_the_metrics_say_how_each_step_was_found(config):

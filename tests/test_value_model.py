@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import actor_critic as make
 from helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 from rlcore.errors import UserError
@@ -112,6 +114,22 @@ def test_what_is_saved_is_a_classifier_that_the_next_run_starts_from(tmp_path):
     again = load_critic(dataclasses.replace(config, value_model=saved), run.policy, run.tokenizer)
     for name, value in critic.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_a_value_head_that_cannot_be_written_leaves_the_older_one_whole(tmp_path, monkeypatch):
+    _, critic = make.make_run(make.ppo_config(tmp_path, value_backbone="shared"))
+    critic.save(tmp_path)
+    before = (tmp_path / "value_head.safetensors").read_bytes()
+
+    def half(tensors, path):
+        Path(path).write_bytes(before[:20])
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    with pytest.raises(UserError, match=r"cannot write .*value_head.safetensors: .*No space left"):
+        critic.save(tmp_path)
+    assert (tmp_path / "value_head.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["value_head.safetensors"]
 
 
 def test_the_values_stay_in_float32_under_autocast():

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +21,15 @@ import torch
 
 from rlcore import checkpoint, output_dir
 from rlcore.adapters import add_lora, checkpoint_adapters_alone
+from rlcore.atomic import remove_leftovers
 from rlcore.config import save_config
 from rlcore.ends import missing_end, set_end_tokens
-from rlcore.errors import TrainingDiverged, TrainingStopped, UserError
+from rlcore.errors import TrainingStopped, UserError
 from rlcore.heads import Head, LogitsHead, choose_head
 from rlcore.models import no_progress_bars
 from rlcore.run_record import note_start
 from rlcore.tracking import Tracker
+from rlcore.trainers.divergence import check_sound, require_finite
 from rlcore.trainers.metrics import Log, Moments
 from rlcore.trainers.resuming import (
     START_OPTIONS,
@@ -68,6 +71,9 @@ class Run:
     notes: list[str] = field(default_factory=list)  # what the user should know at the start
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of data and models
     stop: StopRequest = field(default_factory=StopRequest)
+    coefficients: dict[str, float] = field(default_factory=dict)  # those that the run adapts
+    step: int = 0  # the last step that was begun
+    prefix: str = ""  # of its quantities' names in errors
 
     @property
     def policy(self) -> Any:
@@ -165,27 +171,34 @@ def _compare_with_before(run: Run, data: Iterable[Any]) -> None:
 
 
 def _load_last_checkpoint(run: Run) -> None:
-    previous = output_dir.last_resumable(run.config.output_dir)
+    previous, damaged = _on_main(
+        run.accelerator, lambda: output_dir.last_intact(run.config.output_dir)
+    )
+    run.notes += damaged
     state = checkpoint.load_checkpoint(run.accelerator, previous)
     if state["step"] > run.total_steps:
         raise UserError(f"{previous} is beyond this run's last step, {run.total_steps}")
-    run.first_step, run.num_tokens = state["step"], state["num_tokens"]
+    run.step = run.first_step = state["step"]
+    run.num_tokens = state["num_tokens"]
     run.reward_moments = Moments(**state["reward_moments"])
+    run.coefficients.update(state["coefficients"])
 
 
-def _on_main(accelerator: Any, action: Callable[[], object]) -> None:
-    """Have the main process do it; what it raises as a UserError every process raises."""
+def _on_main(accelerator: Any, action: Callable[[], Any]) -> Any:
+    """What `action` returns on the main process; its UserError every process raises."""
     from accelerate.utils import broadcast_object_list
 
-    errors: list[UserError | None] = [None]
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            action()
+            outcome[0] = action()
         except UserError as error:
-            errors = [error]
-    broadcast_object_list(errors)
-    if errors[0] is not None:
-        raise errors[0]
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    value, error = outcome
+    if error is not None:
+        raise error
+    return value
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -232,6 +245,8 @@ def _claim(run: Run, held: contextlib.ExitStack) -> None:
         directory, overwrite=config.overwrite_output_dir, resume=config.resume
     )
     run.notes += held.enter_context(claim)
+    remove_leftovers(directory.parent, re.escape(directory.name))
+    remove_leftovers(directory, output_dir.STAGED)
     note_start(directory, type(config).__name__, run.inputs)
     save_config(config, directory / output_dir.CONFIG_FILE, without=START_OPTIONS)
 
@@ -308,7 +323,8 @@ def optimizer_step(
     Raises:
         TrainingDiverged: the loss or the gradient's norm is not finite; nothing was changed then.
     """
-    config, accelerator = run.config, run.accelerator
+    accelerator = run.accelerator
+    run.step = step
     rate = set_learning_rate(run, step)
     run.optimizer.zero_grad()
     losses = []
@@ -319,11 +335,8 @@ def optimizer_step(
             accelerator.backward(loss)
         losses.append(loss.detach())
     loss = accelerator.reduce(torch.stack(losses).sum(), "mean").item()
-    grad_norm = float(_clip(accelerator, run.model, config.max_grad_norm or math.inf))
-    for name, value in (("loss", loss), ("grad_norm", grad_norm)):
-        if not math.isfinite(value):
-            last = checkpoint.last_checkpoint(config.output_dir)
-            raise TrainingDiverged(step, name, value, last)
+    grad_norm = clip_gradients(run)
+    require_finite(run, step, {"loss": loss, "grad_norm": grad_norm})
     run.optimizer.step()
     return {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
 
@@ -337,9 +350,10 @@ def set_learning_rate(run: Run, step: int) -> float:
     return rate
 
 
-def _clip(accelerator: Any, model: Any, limit: float) -> torch.Tensor:
-    """Scale the gradients down to the norm `limit`; returns the norm that they had."""
-    return accelerator.clip_grad_norm_(model.parameters(), limit)
+def clip_gradients(run: Run) -> float:
+    """Scale the gradients down to the norm max_grad_norm; returns the norm that they had."""
+    limit = run.config.max_grad_norm or math.inf
+    return float(run.accelerator.clip_grad_norm_(run.model.parameters(), limit))
 
 
 def wants_evaluation(run: Run, step: int) -> bool:
@@ -353,6 +367,7 @@ def save_if_due(run: Run, step: int, unit: int = 1) -> None:
 
     Raises:
         TrainingStopped: a signal has asked one of the processes to stop; the checkpoint is there.
+        TrainingDiverged: there is something in it that is not finite; nothing was written then.
     """
     if step % unit:
         return
@@ -360,6 +375,7 @@ def save_if_due(run: Run, step: int, unit: int = 1) -> None:
     signal_number = 0 if step == run.total_steps else _asked_to_stop(run)
     if not signal_number and (not every or step // every == (step - unit) // every):
         return
+    check_sound(run, step)
     directory = checkpoint.save_checkpoint(
         run.accelerator,
         run.config.output_dir,
@@ -368,6 +384,7 @@ def save_if_due(run: Run, step: int, unit: int = 1) -> None:
         state={
             "num_tokens": run.num_tokens,
             "reward_moments": dataclasses.asdict(run.reward_moments),
+            "coefficients": run.coefficients,
         },
         keep=keep,
     )
@@ -393,8 +410,17 @@ def _stopped(run: Run, number: int, step: int, directory: Path | None = None) ->
     return TrainingStopped(signal.Signals(number).name, step, run.config.output_dir, directory)
 
 
-def finish_run(run: Run, log: Log) -> Result:
-    """Save the model into output_dir and say how the run ended."""
+def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None) -> Result:
+    """Save the model into output_dir and say how the run ended.
+
+    `beside` saves what else the run has trained.
+
+    Raises:
+        TrainingDiverged: a weight, or what the model gives, is not finite; nothing is saved then.
+    """
+    check_sound(run, run.total_steps)
+    if beside is not None:
+        beside(Path(run.config.output_dir))
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         with no_progress_bars():

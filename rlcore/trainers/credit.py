@@ -14,27 +14,6 @@ from rlcore.trainers.experience import Experience
 from rlcore.trainers.sampling import Sampled
 
 
-class Coefficients:
-    """Coefficients that a run adapts; registered with the accelerator, checkpoints hold them."""
-
-    def __init__(self, **values: float):
-        self.values = values
-
-    def __getitem__(self, name: str) -> float:
-        return self.values[name]
-
-    def __setitem__(self, name: str, value: float) -> None:
-        self.values[name] = value
-
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint holds."""
-        return dict(self.values)
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from what a checkpoint held."""
-        self.values.update(state)
-
-
 def judged_only(sampled: Sampled) -> tuple[Experience, torch.Tensor]:
     """(experience, score (N,)): completions that nobody judged count in no loss, and score 0."""
     score = sampled.mine(sampled.all_scores)

@@ -129,9 +129,7 @@ def train_pg(
                 log.write(step, evaluate(run, held_out, judge))
             clock.skip()
             save_if_due(run, step)
-        if critic is not None:
-            critic.save(config.output_dir)
-        return finish_run(run, log)
+        return finish_run(run, log, critic and critic.save)
 
 
 def _experience(

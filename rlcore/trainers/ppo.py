@@ -38,13 +38,8 @@ from rlcore.trainers.common import (
     tracking,
     wants_evaluation,
 )
-from rlcore.trainers.credit import (
-    Coefficients,
-    judged_only,
-    objective_metrics,
-    token_reward,
-    whitened,
-)
+from rlcore.trainers.credit import judged_only, objective_metrics, token_reward, whitened
+from rlcore.trainers.divergence import require_finite
 from rlcore.trainers.experience import Experience
 from rlcore.trainers.loading import load_prompts
 from rlcore.trainers.metrics import Clock, Log, Means
@@ -98,12 +93,15 @@ def train_ppo(
     critic = load_critic(config, model, tokenizer)
     reference = load_wanted_reference(config, tokenizer)
     data.check_models(tokenizer, model, critic.model, reference)
-    coefficients = Coefficients(kl_coef=config.kl_coef, penalty_coef=config.penalty_coef)
-    accelerator.register_for_checkpointing(coefficients)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     steps = total_steps(config, len(rows), prompts)
+
+    def prepare(run: Run) -> None:
+        run.coefficients = {"kl_coef": config.kl_coef, "penalty_coef": config.penalty_coef}
+        critic.prepare(run)
+
     run = start_run(
-        config, accelerator, model, tokenizer, steps, critic.prepare, data=rows, notes=data.notes
+        config, accelerator, model, tokenizer, steps, prepare, data=rows, notes=data.notes
     )
     reference = as_reference(run, reference)
     with tracking(run, tracker, "PPO", DISPLAYED) as tracker:
@@ -115,9 +113,9 @@ def train_ppo(
             chosen = rows[batch_indices(len(rows), prompts, step - 1, config.seed)]
             seed = mix_seed(config.seed, step - 1)
             sampled = collect(run, chosen, judge, seed)
-            experience, objective = _experience(run, critic, reference, sampled, coefficients)
-            trained = _train(run, critic, step, experience, seed, coefficients)
-            _adapt(run, step, experience, objective, coefficients)
+            experience, objective = _experience(run, critic, reference, sampled)
+            trained = _train(run, critic, step, experience, seed)
+            _adapt(run, step, experience, objective)
             tokens = sampled.metrics.pop("tokens")
             metrics = sampled.metrics | objective | trained | clock.lap(tokens)
             metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
@@ -126,19 +124,14 @@ def train_ppo(
                 log.write(step, evaluate(run, held_out, judge))
             clock.skip()
             save_if_due(run, step)
-        critic.save(config.output_dir)
-        return finish_run(run, log)
+        return finish_run(run, log, critic.save)
 
 
 def _experience(
-    run: Run,
-    critic: Critic,
-    reference: Policy | None,
-    sampled: Sampled,
-    coefficients: Coefficients,
+    run: Run, critic: Critic, reference: Policy | None, sampled: Sampled
 ) -> tuple[Experience, dict[str, float]]:
     """What was sampled with all that the losses need to know of it, and its metrics."""
-    config = run.config
+    config, coefficients = run.config, run.coefficients
     experience, score = judged_only(sampled)
     value, last_value = predict_values(run, critic, experience)
     experience = dataclasses.replace(
@@ -170,12 +163,7 @@ def _experience(
 
 
 def _train(
-    run: Run,
-    critic: Critic,
-    step: int,
-    experience: Experience,
-    seed: int,
-    coefficients: Coefficients,
+    run: Run, critic: Critic, step: int, experience: Experience, seed: int
 ) -> dict[str, float]:
     """All updates on a generation batch: their metrics on average, and how many they were."""
     config = run.config
@@ -185,7 +173,7 @@ def _train(
             if step <= config.value_warmup_steps:
                 taken.append(warm_up(run, critic, step, experience, rows))
                 continue
-            penalty_coef = coefficients["penalty_coef"]
+            penalty_coef = run.coefficients["penalty_coef"]
             taken.append(update(run, critic, step, experience, rows, penalty_coef))
             if config.target_kl is not None and taken[-1]["policy/approxkl_avg"] > config.target_kl:
                 return _averaged(taken)
@@ -202,18 +190,13 @@ def _averaged(taken: Sequence[dict[str, float]]) -> dict[str, float]:
     return metrics
 
 
-def _adapt(
-    run: Run,
-    step: int,
-    experience: Experience,
-    metrics: dict[str, float],
-    coefficients: Coefficients,
-) -> None:
+def _adapt(run: Run, step: int, experience: Experience, metrics: dict[str, float]) -> None:
     """The coefficients for the next batch, from how far the policy is and how far it went."""
-    config = run.config
+    config, coefficients = run.config, run.coefficients
     if step <= config.value_warmup_steps:
         return
     if config.kl_target is not None:
+        require_finite(run, step, {"objective/kl": metrics["objective/kl"]})
         coefficients["kl_coef"] = proportional_kl_coef(
             coefficients["kl_coef"],
             metrics["objective/kl"],
@@ -225,6 +208,7 @@ def _adapt(
         means = Means()
         means.add(experience.mask, kl=rl.token_kl(experience.old_logp, logp))
         kl = means.reduce(run.accelerator)["kl"]
+        require_finite(run, step, {"policy/kl": kl})
         metrics |= {"policy/kl": kl, "policy/penalty_coef": coefficients["penalty_coef"]}
         adapted = ppo_kl_coef(coefficients["penalty_coef"], kl, target=config.penalty_target)
         # a thousand halvings would make it 0

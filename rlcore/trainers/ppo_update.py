@@ -52,6 +52,7 @@ def warm_up(
     run: Run, critic: Critic, step: int, experience: Experience, rows: torch.Tensor
 ) -> dict[str, float]:
     """One optimizer step of the value model alone."""
+    run.step = step
     means = Means()
     num_items = counted_items(run, experience.mask[rows], "token-mean")
     loss = _value_loss(run, experience, num_items, means)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +17,11 @@ from rlcore.reward_model import RewardModel
 from rlcore.rewards import RewardFunction, Rewards, compute_rewards, load_reward, reward_name
 from rlcore.rollout import Rollout, generate
 from rlcore.trainers.common import Run, mix_seed, shared_out
+from rlcore.trainers.divergence import stop_together
 from rlcore.trainers.experience import Experience, from_rollout
 from rlcore.trainers.sampling_config import SamplingConfig
+
+BROKEN = ("a logit over temperature, in sampling,", math.nan)
 
 
 @dataclass(frozen=True)
@@ -106,19 +110,16 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
     config, accelerator = run.config, run.accelerator
     share, rank = config.prompts_per_process, accelerator.process_index
     mine = {name: values[rank * share : (rank + 1) * share] for name, values in chosen.items()}
-    rollout = generate(
-        run.policy,
-        run.tokenizer,
+    rollout = _generated(
+        run,
         mine["prompt"],
         num_generations=config.num_generations,
-        max_new_tokens=config.max_completion_length,
-        max_prompt_length=config.max_prompt_length,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
         seed=mix_seed(seed, rank),
-        full_length=run.is_sharded,
     )
+    stop_together(run, run.step + 1, BROKEN if rollout is None else None)
     rewards = judge(_repeated(mine, config.num_generations), rollout)
     everyone = _gathered(accelerator, rollout, rewards)
     metrics = _metrics(everyone, judge, config.num_generations)
@@ -130,6 +131,23 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
     scores = scores - (config.missing_eos_penalty or 0.0) * everyone["truncated"].float()
     experience = from_rollout(rollout, mask_truncated_completions=config.mask_truncated_completions)
     return Sampled(experience, rollout.truncated, scores, rank, metrics)
+
+
+def _generated(run: Run, prompts: Sequence, **options: Any) -> Rollout | None:
+    """Completions of the policy; None where its logits are no numbers."""
+    config = run.config
+    try:
+        return generate(
+            run.policy,
+            run.tokenizer,
+            prompts,
+            max_new_tokens=config.max_completion_length,
+            max_prompt_length=config.max_prompt_length,
+            full_length=run.is_sharded,
+            **options,
+        )
+    except FloatingPointError:
+        return None
 
 
 def _repeated(columns: Mapping[str, Sequence], times: int) -> dict[str, list]:
@@ -194,24 +212,20 @@ def evaluate(run: Run, rows: Any, judge: Judge) -> dict[str, float]:
     """Rewards of one greedy completion for each held-out row: {"eval/reward", ...}."""
     config, accelerator = run.config, run.accelerator
     sums = torch.zeros(2 + len(judge.names), 2, dtype=torch.float64)
+    found = None
     batches = shared_out(run, range(len(rows)), config.per_device_train_batch_size)
     for batch, counts in batches:
         columns = rows[list(batch)]
-        rollout = generate(
-            run.policy,
-            run.tokenizer,
-            columns["prompt"],
-            max_new_tokens=config.max_completion_length,
-            max_prompt_length=config.max_prompt_length,
-            greedy=True,
-            full_length=run.is_sharded,
-        )
-        if not counts:
+        rollout = _generated(run, columns["prompt"], greedy=True)
+        if rollout is None:
+            found = BROKEN
+        if rollout is None or not counts:
             continue
         rewards = judge(columns, rollout)
         length = rollout.completion_mask.sum(1).float().cpu()
         values = torch.stack([rewards.total, length, *rewards.per_function.T])  # (2 + F, N)
         sums += torch.stack([values.double().nansum(1), (~values.isnan()).sum(1)], dim=1)
+    stop_together(run, run.step, found)
     total, count = accelerator.reduce(sums.to(accelerator.device), "sum").cpu().unbind(1)
     means = (total / count.clamp(min=1)).tolist()
     names = ["reward", "completions/mean_length", *(f"rewards/{n}/mean" for n in judge.names)]

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 import rlcore as rl
-from rlcore import checkpoint
-from rlcore.errors import TrainingDiverged, UserError
+from rlcore.errors import UserError
 from rlcore.forward import completion_logits
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.natural_gradient import (
@@ -47,6 +46,7 @@ from rlcore.trainers.common import (
     wants_evaluation,
 )
 from rlcore.trainers.credit import judged_only, token_reward
+from rlcore.trainers.divergence import require_finite
 from rlcore.trainers.experience import Experience
 from rlcore.trainers.loading import load_prompts
 from rlcore.trainers.metrics import Clock, Log, Means
@@ -133,9 +133,7 @@ def train_trpo(
                 log.write(step, evaluate(run, held_out, judge))
             clock.skip()
             save_if_due(run, step)
-        if critic is not None:
-            critic.save(config.output_dir)
-        return finish_run(run, log)
+        return finish_run(run, log, critic and critic.save)
 
 
 class CompletionLogits(torch.nn.Module):
@@ -206,6 +204,7 @@ def _update(
 ) -> dict[str, float]:
     """One step of the policy within its trust region; its metrics."""
     config = run.config
+    run.step = step
     everything = torch.arange(len(experience), device=experience.mask.device)
     batches = _parts(run, experience, everything)
     some = _parts(run, experience, _fisher_rows(run, everything, seed))
@@ -222,6 +221,7 @@ def _update(
         max_iter=config.cg_iterations,
         tol=config.cg_tolerance,
     )
+    require_finite(run, step, {"trpo/expected_improvement": proposed.expected})
     search = search_step(
         policy,
         proposed.step,
@@ -288,9 +288,7 @@ def _surrogate_gradient(
                 sum_so_far -= addend
     total = policy.reduce(total)
     grad_norm = math.sqrt(dot(total, total))
-    if not math.isfinite(grad_norm):
-        last = checkpoint.last_checkpoint(run.config.output_dir)
-        raise TrainingDiverged(step, "grad_norm", grad_norm, last)
+    require_finite(run, step, {"grad_norm": grad_norm})
     return total, {"grad_norm": grad_norm} | means.reduce(run.accelerator)
 
 

@@ -12,11 +12,19 @@ from typing import Any
 import torch
 
 import rlcore as rl
+from rlcore.atomic import staged_file
 from rlcore.checkpoint import save_model
 from rlcore.forward import completion_outputs
 from rlcore.models import no_progress_bars
 from rlcore.rollout import evaluating
-from rlcore.trainers.common import Run, make_optimizer, optimizer_step, set_learning_rate
+from rlcore.trainers.common import (
+    Run,
+    clip_gradients,
+    make_optimizer,
+    optimizer_step,
+    set_learning_rate,
+)
+from rlcore.trainers.divergence import require_finite
 from rlcore.trainers.experience import Experience
 from rlcore.trainers.policies import micro_batches
 from rlcore.trainers.values_config import ValueConfig
@@ -47,7 +55,9 @@ class Critic:
         """Have the accelerator prepare it and an optimizer, and hold both in checkpoints."""
         config = dataclasses.replace(self.config, learning_rate=self.config.value_rate)
         model, optimizer = run.accelerator.prepare(self.model, make_optimizer(self.model, config))
-        self.run = dataclasses.replace(run, model=model, optimizer=optimizer, config=config)
+        self.run = dataclasses.replace(
+            run, model=model, optimizer=optimizer, config=config, prefix="value/"
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write it into the run's output directory."""
@@ -56,7 +66,8 @@ class Critic:
         if self.is_shared:
             from safetensors.torch import save_file
 
-            save_file(self.run.policy.state_dict(), str(Path(directory) / VALUE_HEAD))
+            with staged_file(Path(directory) / VALUE_HEAD) as path:
+                save_file(self.run.policy.state_dict(), path)
         else:
             classifier, place = self.run.policy.classifier, Path(directory) / VALUE_MODEL
             with no_progress_bars():
@@ -178,9 +189,8 @@ def _head_step(critic: Critic, step: int) -> Iterator[None]:
     head.optimizer.zero_grad()
     yield
     set_learning_rate(head, step)
-    head.accelerator.clip_grad_norm_(
-        head.model.parameters(), head.config.max_grad_norm or torch.inf
-    )
+    grad_norm = clip_gradients(head)
+    require_finite(head, step, {"grad_norm": grad_norm})
     head.optimizer.step()
 
 
