@@ -126,7 +126,12 @@ def encode_completions(
     pairs = [_as_pair(tokenizer, row) for row in rows]
     heads, tails, is_text = (list(column) for column in zip(*pairs, strict=True))
     prompts = _head_ids(tokenizer, heads, is_text)
-    completions = following_ids(tokenizer, heads, tails) if has_prompt else [[]] * len(pairs)
+    completions = [[]] * len(pairs)
+    if has_prompt:
+        wholes = [head + tail for head, tail in zip(heads, tails, strict=True)]
+        wholes = _head_ids(tokenizer, wholes, is_text)
+        rows = zip(prompts, wholes, tails, strict=True)
+        completions = [following_ids(tokenizer, *row) for row in rows]
     ends = end_ids(tokenizer)
     examples: list[Example | None] = []
     for prompt, completion, plain in zip(prompts, completions, is_text, strict=True):

@@ -52,26 +52,19 @@ def _opened(ids: list[int], added: list[int], eos_token_id: int | None) -> list[
     return body if body[:start] == opening else opening + body
 
 
-def following_ids(tokenizer: Any, heads: Sequence[str], tails: Sequence[str]) -> list[list[int]]:
-    """Each tail's ids behind its head: as in the whole text, where that has the head's ids too.
+def following_ids(tokenizer: Any, head: list[int], whole: list[int], tail: str) -> list[int]:
+    """The tail's ids behind the head's: as in the whole text, where that has the head's too.
 
     Elsewhere a token of the whole text reaches over the boundary. Whoever reads the head alone
-    cannot come to it, so the tail is then read by itself, as the middle of a text.
+    cannot come to it, so the tail is then read by itself, as the middle of a text, as far as the
+    first special token in it.
     """
-    before = plain_ids(tokenizer, heads)
-    wholes = plain_ids(tokenizer, [head + tail for head, tail in zip(heads, tails, strict=True)])
-    return [
-        whole[len(head) :] if whole[: len(head)] == head else _middle_ids(tokenizer, tail)
-        for head, whole, tail in zip(before, wholes, tails, strict=True)
-    ]
-
-
-def _middle_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of text in the middle of another, as far as the first special token that it writes."""
-    special = _any_special(tokenizer, len(tokenizer)).search(text)
-    place = special.start() if special else len(text)
-    (middle,) = plain_ids(mid_text(tokenizer), [text[:place]])
-    (rest,) = plain_ids(tokenizer, [text[place:]])
+    if whole[: len(head)] == head:
+        return whole[len(head) :]
+    special = _any_special(tokenizer, len(tokenizer)).search(tail)
+    place = special.start() if special else len(tail)
+    (middle,) = plain_ids(mid_text(tokenizer), [tail[:place]])
+    (rest,) = plain_ids(tokenizer, [tail[place:]])
     return middle + rest
 
 
