@@ -228,7 +228,12 @@ def _set_aside(directory: Path) -> Path | None:
     try:
         # the record goes last: without it, what is left could not be told from a user's files
         for path in (*filter(Path.exists, [replaced]), *_written(directory)):
-            path.rename(half / path.name)
+            if path.name == METRICS_FILE:
+                # the caller's tracker may have it open
+                shutil.copy2(path, half)
+                path.write_text("")
+            else:
+                path.rename(half / path.name)
         half.rename(replaced)
     except BaseException:
         _put_back(directory)

@@ -18,7 +18,7 @@ from rlcore.errors import UserError
 from rlcore.locking import check_unlocked
 from rlcore.output_dir import check_output_dir, claimed, file_of_run, last_resumable
 from rlcore.run_record import note_start, note_written
-from rlcore.tracking import read_metrics
+from rlcore.tracking import Tracker, read_metrics
 from rlcore.trainers.grpo import train_grpo
 from rlcore.trainers.ppo import PPOConfig, train_ppo
 from rlcore.trainers.resuming import INPUTS
@@ -168,6 +168,16 @@ def test_a_run_that_finishes_replaces_the_old_one_and_nothing_else(tmp_path):
     assert (run / "README.md").read_text() == "mine as well"
     model = "model.safetensors"
     assert (run / model).read_bytes() == (tmp_path / "fresh" / model).read_bytes()
+
+
+def test_a_tracker_of_the_callers_in_the_output_directory_keeps_the_new_runs_lines(tmp_path):
+    config = sft_config(tmp_path, max_steps=2)
+    for _ in range(2):
+        with Tracker(config.output_dir, 2, "mine") as tracker:
+            train_sft(config, tracker=tracker)
+        metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert [line["step"] for line in metrics] == [1, 2]
+        config = dataclasses.replace(config, overwrite_output_dir=True)
 
 
 @pytest.mark.parametrize("extra", [[], ["checkpoint-3/x"], ["training.yaml", "config.json"]])

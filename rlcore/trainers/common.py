@@ -402,6 +402,8 @@ def _saving(run: Run) -> tuple[int, int | None]:
 
 def _asked_to_stop(run: Run) -> int:
     """The signal that has asked any of the processes to stop, 0 where none has."""
+    if run.accelerator.num_processes == 1:
+        return run.stop.signal
     signals = torch.tensor([run.stop.signal], device=run.accelerator.device)
     return int(run.accelerator.gather(signals).max())
 
