@@ -124,7 +124,8 @@ def task(tmp_path_factory):
 
 def curves(task, directory, fused_head: str) -> list[dict]:
     """The metrics of a few steps of SFT and then of GRPO."""
-    shared = {"fused_head": fused_head, "seed": mix_seed(1) % 1000, "learning_rate": 1e-3}
+    seed = mix_seed(1) % 1000
+    shared = {"fused_head": fused_head, "seed": seed, "learning_rate": 1e-3, "save_steps": 0}
     sft = train_sft(
         SFTConfig(
             model=str(task.model),

@@ -34,10 +34,10 @@ def short(monkeypatch):
         return shortened
 
     def short_sft(*arguments):
-        return dataclasses.replace(sft(*arguments), max_steps=60, warmup_steps=0)
+        return dataclasses.replace(sft(*arguments), max_steps=60, warmup_steps=0, save_steps=0)
 
     def short_reward_model(*arguments):
-        return dataclasses.replace(reward_model(*arguments), max_steps=2)
+        return dataclasses.replace(reward_model(*arguments), max_steps=2, save_steps=0)
 
     monkeypatch.setattr(
         arithmetic,
