@@ -220,7 +220,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
 def tracking(
     run: Run, tracker: Any | None, description: str, columns: Iterable[str]
 ) -> Iterator[Any]:
-    """The caller's open tracker or one of our own; for as long the output directory is the run's.
+    """The caller's open tracker or one of our own, while the output directory is the run's.
 
     Signals ask the run to stop meanwhile. Writing begins here: until now all processes could look
     at the directory as it was.
