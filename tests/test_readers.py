@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import copy
 import csv
 import gzip
 import json
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pandas
 import pytest
+from helpers.tiny import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcore.data import PREFERENCE_COLUMNS, SFT_COLUMNS, load_rows
+from rlcore.encoding import encode_examples
 from rlcore.errors import UserError
 
 ROME = {"role": "assistant", "content": None, "tool_calls": [{"arguments": {"city": "Rome"}}]}
@@ -209,6 +212,27 @@ def test_messages_of_a_table_lose_the_fields_that_the_table_added(tmp_path, endi
     assert loaded["call"][0] == {"x": 1, "city": None}
     assert loaded.null_fields == ("call",)
     assert same(load_rows(str(path), SFT_COLUMNS)[[1]]["messages"], [chats[1]])
+
+
+TOOLS = (
+    "{% for m in messages %}{% if 'tool_calls' in m %}{{ m.tool_calls[0].arguments | tojson }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_a_tool_call_is_learned_with_its_own_arguments_alone(tmp_path, name):
+    tokenizer = copy.copy(tiny_tokenizer())
+    tokenizer.chat_template = TOOLS
+    rows = [{"messages": [USER, ROME]}, {"messages": [USER, ONE]}]
+    path = str(tmp_path / name)
+    if name.endswith("parquet"):
+        pandas.DataFrame(rows).to_parquet(path)
+    else:
+        write(tmp_path / name, WRITERS[name](rows))
+    examples = encode_examples(tokenizer, load_rows(path, SFT_COLUMNS))
+    texts = [tokenizer.decode(each.prompt + each.completion) for each in examples]
+    assert texts == ['7{"city": "Rome"}', '7{"x": 1}']
 
 
 def test_objects_of_a_table_without_nulls_are_not_said_to_have_some(tmp_path):
