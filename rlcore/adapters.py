@@ -100,13 +100,15 @@ def add_lora(
         seed: of its first weights, which depend on nothing that was drawn or loaded before.
 
     Raises:
-        UserError: peft is not installed, or no layer is called so.
+        UserError: peft is not installed, no layer is called so, or one that has its weight in
+            common with another, to which an adapter could not be added in the end.
     """
     require_peft()
     from peft import LoraConfig
 
     names = list(target_modules)
     is_classifier = hasattr(model, NEW_HEAD)
+    unfit = _routers(model) + _sharing(model)
     transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
     config = LoraConfig(
         r=r,
@@ -114,7 +116,7 @@ def add_lora(
         lora_dropout=dropout,
         fan_in_fan_out=transposed,
         target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
-        exclude_modules=_routers(model) if names == [ALL_LINEAR] else None,
+        exclude_modules=unfit if names == [ALL_LINEAR] and unfit else None,
         modules_to_save=[NEW_HEAD] if is_classifier else None,
         task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
     )
@@ -124,6 +126,7 @@ def add_lora(
             model.add_adapter(config)
     except ValueError as error:
         raise UserError(f"lora_target_modules {' '.join(names)}: {reason_of(error)}") from error
+    _check_merges(model)
     base = Path(getattr(model, "name_or_path", ""))
     if base.is_dir():
         # a relative path would mean something else to whoever loads the adapter elsewhere
@@ -131,14 +134,33 @@ def add_lora(
             written.base_model_name_or_path = str(base.resolve())
 
 
-def _routers(model: Any) -> list[str] | None:
+def _routers(model: Any) -> list[str]:
     """The routers that are linear layers: they give more than one output, so no adapter fits."""
-    names = [
+    return [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "Router" in type(module).__name__
     ]
-    return names or None
+
+
+def _sharing(model: Any) -> list[str]:
+    """The layers that have a weight in common: what is added to it for one is added for all."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(weight := vars(module)["_parameters"].get("weight"), torch.nn.Parameter):
+            owners.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    return [name for names in owners.values() if len(names) > 1 for name in names]
+
+
+def _check_merges(model: Any) -> None:
+    """Raise UserError where an adapter stands beside a weight that other layers use too."""
+    shared = set(_sharing(model))
+    for name, module in model.named_modules():
+        if name in shared and _is_adapter_layer(module):
+            raise UserError(
+                f"an adapter on {name} cannot be merged, as the layer has its weight in common "
+                "with another: leave it out of lora_target_modules"
+            )
 
 
 def has_adapter(model: Any) -> bool:
@@ -164,9 +186,14 @@ def adapter_off(model: torch.nn.Module) -> Iterator[None]:
 
 
 def merge_adapter(model: Any) -> Any:
-    """Add the adapter into the weights it stands beside; the model is then a plain one."""
+    """Add the adapter into the weights it stands beside; the model is then a plain one.
+
+    Raises:
+        UserError: a weight is used by other layers as well.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    _check_merges(model)
     layers = {name: module for name, module in model.named_modules() if _is_adapter_layer(module)}
     # a layer of experts is wrapped once for each of its weights: all go in, then the outermost off
     for layer in layers.values():

@@ -80,6 +80,33 @@ def test_an_adapter_on_every_layer_of_a_mixture_of_experts_switches_off_loads_an
         assert set(each.state_dict()) == set(plain.state_dict())
 
 
+def test_a_weight_that_layers_have_in_common_gets_no_adapter():
+    # what is added for the head would be added to the embedding as well
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    with pytest.raises(UserError, match="lm_head cannot be merged"):
+        add_lora(tied, r=2, alpha=4, target_modules=("q_proj", "lm_head"))
+    # Zamba's attention is one block that stands in several places, with weights of its own beside
+    model = tiny_architecture(
+        "Zamba", num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2,
+        attention_head_dim=16, n_mamba_heads=2, mamba_dt_rank=8,
+    )  # fmt: skip
+    add_lora(model, r=2, alpha=4)
+    adapted = logits(with_gradients_moved(model))
+    torch.testing.assert_close(logits(merge_adapter(model)), adapted, rtol=1e-3, atol=1e-3)
+
+
+def with_gradients_moved(model):
+    """The model with those weights of its adapter changed that its output depends on."""
+    model(IDS, use_cache=False).logits.logsumexp(-1).sum().backward()
+    generator = torch.Generator().manual_seed(0)
+    moving = [p for name, p in model.named_parameters() if "lora_B" in name and p.grad is not None]
+    assert moving
+    for parameter in moving:
+        step = 0.1 * torch.randn(parameter.shape, generator=generator)
+        parameter.data += step * (parameter.grad != 0)
+    return model
+
+
 def test_an_adapter_finds_its_model_from_another_folder(tmp_path, monkeypatch, capsys):
     there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
     save_tiny(there / "runs" / "start")
