@@ -177,6 +177,8 @@ SKIPPED = {"import": ["unittest.case", "SkipTest"]}
                 {"value": {"import": ["collections", "Counter"]}},
             ],
         ),
+        # the tests' own module
+        ("wanted = 4\nassert P.wanted == wanted", [{"value": {"module": "__main__"}}]),
         # an exception that skips a test
         (
             IN_A_CASE,
@@ -217,6 +219,7 @@ def tried(f, *arguments):
     return "done"
 def session(): return os.getsid(0), os.getpid()
 def environment(): return dict(os.environ), os.getcwd()
+def guards_files(): return tried(open, f"/proc/{os.getppid()}/fd/0")
 def descriptors():
     return sum(tried(os.fstat, number) == "done" for number in range(256))
 def files(): return os.listdir()
@@ -355,6 +358,14 @@ def test_landlock_keeps_signals_and_tcp_in_where_it_knows_them():
 
 def test_a_program_has_two_pipes_and_no_other_file_of_ours():
     assert reports("assert descriptors() == 3 + 2, descriptors()")
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="Linux's")
+@pytest.mark.parametrize("held", [True, False])
+def test_the_files_of_its_guard_are_closed_to_a_program(held):
+    """The verdict's pipe is among them."""
+    fences = without("landlock") if held else ()
+    assert reports("assert guards_files() == 'PermissionError'", fences=fences)
 
 
 @needs("seccomp")

@@ -150,7 +150,7 @@ def imported(tag: str, payload: Any) -> Any:
     """The module, function or class that `importable` described, from this side's own modules.
 
     Raises TypeError for anything else that a module may hold: an instance could be equal to
-    everything (unittest.mock.ANY is), and so could a class by its metaclass.
+    everything (unittest.mock.ANY is).
     """
     name = payload if tag == "module" else payload[0]
     if tag not in ("module", "import") or name.partition(".")[0] in _PRIVATE:
@@ -159,8 +159,7 @@ def imported(tag: str, payload: Any) -> Any:
     if tag == "import":
         value = getattr(value, payload[1])
     known = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
-    own_equality = isinstance(value, type) and type(value).__eq__ is not type.__eq__
-    if not isinstance(value, known) or own_equality:
+    if not isinstance(value, known):
         raise TypeError(f"{payload} is no module, function or class")
     return value
 
