@@ -21,11 +21,12 @@ import torch
 
 import rlcore as rl
 from rlcore.encoding import Batch
+from rlcore.forward import evaluating
 from rlcore.heads import without_padding
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.pairs import Pair, collate_pairs, load_pairs
 from rlcore.rewards import RewardFunction
-from rlcore.rollout import check_sampling, evaluating
+from rlcore.rollout import check_sampling
 from rlcore.trainers.common import (
     Result,
     Run,

@@ -15,9 +15,9 @@ import torch
 
 import rlcore as rl
 from rlcore.adapters import adapter_off
+from rlcore.forward import evaluating
 from rlcore.heads import Head, choose_head
 from rlcore.models import check_tokenizer, load_reference
-from rlcore.rollout import evaluating
 from rlcore.trainers.common import Run, mix_seed, summed
 from rlcore.trainers.experience import Experience
 from rlcore.trainers.sampling_config import SamplingConfig

@@ -20,12 +20,12 @@ import torch
 
 import rlcore as rl
 from rlcore.encoding import up_to_end
+from rlcore.forward import evaluating
 from rlcore.loaded import Loaded
 from rlcore.models import load_classifier, load_tokenizer
 from rlcore.pairs import Pair, collate_pairs, load_pairs, margins
 from rlcore.ranges import Count, Length, NotNegative, Positive
 from rlcore.reward_model import sequence_scores
-from rlcore.rollout import evaluating
 from rlcore.trainers.common import (
     Result,
     Run,

@@ -18,10 +18,10 @@ import torch
 
 from rlcore.data import SFT_COLUMNS, load_rows
 from rlcore.encoding import Batch, Example, collate, encode_examples
+from rlcore.forward import evaluating
 from rlcore.loaded import Loaded
 from rlcore.models import load_policy, load_tokenizer
 from rlcore.ranges import Length, Positive
-from rlcore.rollout import evaluating
 from rlcore.trainers.common import (
     Result,
     Run,

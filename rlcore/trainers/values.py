@@ -14,9 +14,8 @@ import torch
 import rlcore as rl
 from rlcore.atomic import staged_file
 from rlcore.checkpoint import save_model
-from rlcore.forward import completion_outputs
+from rlcore.forward import completion_outputs, evaluating
 from rlcore.models import no_progress_bars
-from rlcore.rollout import evaluating
 from rlcore.trainers.common import (
     Run,
     clip_gradients,
