@@ -151,7 +151,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path, options
 def test_the_metrics_carry_trls_names(config):
     result = run(config, eval_dataset=config.dataset, eval_steps=2)
     written = lines(config)
-    assert [line["step"] for line in written] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in written] == [0, 1, 2, 2, 3, 4, 4]
     assert set(written[1]) == {
         "step", "epoch", "loss", "grad_norm", "learning_rate", "reward", "reward_std",
         "frac_reward_zero_std", "rewards/digits/mean", "rewards/digits/std", "entropy",

@@ -218,7 +218,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_moves_nothing(config, monke
 def test_the_metrics_say_how_each_step_was_found(config):
     result = run(config, eval_dataset=config.dataset, eval_steps=2)
     written = lines(config)
-    assert [line["step"] for line in written] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in written] == [0, 1, 2, 2, 3, 4, 4]
     assert set(written[1]) == {
         "step", "epoch", "grad_norm", "reward", "reward_std", "frac_reward_zero_std",
         "rewards/digits/mean", "rewards/digits/std", "entropy", "completions/mean_length",
