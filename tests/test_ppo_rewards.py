@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers.tiny import tiny_model
 
 import rlcore as rl
 from rlcore.errors import UserError
+from rlcore.trainers.credit import whitened
 from rlcore.trainers.policies import Policy
 from rlcore.trainers.ppo import _adapt, _experience
 from rlcore.trainers.ppo_config import check_ppo_config
@@ -196,3 +198,23 @@ def test_options_that_cannot_work_are_refused(tmp_path, changes, message):
 def test_the_default_options_are_fine(tmp_path):
     for kl_mode in ("clip", "penalty"):
         check_ppo_config(make.ppo_config(tmp_path, kl_coef=0.05, kl_mode=kl_mode), 1)
+
+
+def test_a_mask_padded_to_the_other_processes_length_stays_bool():
+    mask = torch.tensor([[True, False, True]])
+
+    class Accelerator:
+        process_index = 0
+
+        def pad_across_processes(self, x, dim):
+            # accelerate's own: zeros of x's dtype plus an integer
+            padded = x.new_zeros(len(x), x.shape[1] + 1) + 0
+            padded[:, :-1] = x
+            return padded
+
+        def gather(self, x):
+            return x
+
+    run = SimpleNamespace(accelerator=Accelerator())
+    got = whitened(run, torch.tensor([[1.0, 9.0, 3.0]]), mask)
+    torch.testing.assert_close(got, torch.tensor([[-(0.5**0.5), 0.0, 0.5**0.5]]))

@@ -78,7 +78,8 @@ def everywhere(run: Run, values: Any) -> torch.Tensor:
     """(M, ...): the values (N, ...) of all processes in their order, rows padded to one length."""
     accelerator = run.accelerator
     if values.dim() > 1:
-        values = accelerator.pad_across_processes(values, dim=1)
+        # accelerate pads a bool with integers, and hands those back
+        values = accelerator.pad_across_processes(values, dim=1).to(values.dtype)
     return accelerator.gather(values.contiguous())
 
 
