@@ -16,7 +16,7 @@ from .blocks import select_rows, statistics_dtype, without_autocast
 from .categorical_kernels import accumulator_dtype
 from .linear_chunks import Chunk, Gathered, Gradients3, Run, at_rows, store_rows, unit_of
 from .linear_plan import LinearPlan, beside_low_precision, chunks_of
-from .linear_products import Products
+from .linear_products import Products, gradient_dtype
 
 FROZEN = (False, False, False)
 
@@ -47,7 +47,7 @@ def make_pair_plan(
         separate = any(side) and (low_precision or softcap is not None)
         token_bytes += vocabulary * (accumulator + hidden.element_size() * separate)
         kept += tokens * vocabulary * accumulator
-        held += tokens * size * hidden.element_size() * side[0]
+        held += tokens * size * gradient_dtype(hidden.dtype).itemsize * side[0]
         making += 2 * size
         products += 2 * size * (side[0] + side[1])
         if low_precision:
@@ -98,15 +98,15 @@ class _Side:
     def dz(self, z: Tensor) -> Tensor | None:
         return self.chunk.dz[: len(z)] if self.differentiable else None
 
-    def gather(self, dz: Tensor | None, z: Tensor) -> None:
-        """Takes in the gradient of the chunk whose logits were made last; uses up both."""
+    def gather(self, dz: Tensor | None, z: Tensor, unit: Tensor | None) -> None:
+        """Takes in the gradient of the last chunk made, which is over `unit`; uses up both."""
         if dz is None:
             return
         if self.factor != 1:
             dz.mul_(self.factor)
             if self.head.softcap is not None:
                 z.div_(self.factor)
-        self.gathered.add(self.head.uncap_(dz, z), self.hidden_rows, self.rows, None)
+        self.gathered.add(self.head.uncap_(dz, z), self.hidden_rows, self.rows, None, unit)
 
 
 def _two_sides(tensors: Sequence[Tensor | None], runs: tuple[Run, Run]) -> tuple[_Side, _Side]:
@@ -115,8 +115,20 @@ def _two_sides(tensors: Sequence[Tensor | None], runs: tuple[Run, Run]) -> tuple
     return _Side(tensors[:3], p, 1.0), _Side(tensors[3:], q, factor)
 
 
-def _gather_gradients(sides, logits, row, dkl: Tensor, runs: tuple[Run, Run]) -> None:
+def _unit(sides: tuple[_Side, _Side], kl: Tensor, dkl: Tensor) -> Tensor | None:
+    """The unit of both sides' gradients, where one is float16: p (log p - log q - KL) / T of p."""
+    if torch.float16 not in (side.weight.dtype for side in sides) or not len(kl):
+        return None
+    steepest = max((side.head for side in sides), key=lambda head: head.steepest)
+    return unit_of(steepest, dkl * (1 + kl.clamp(max=torch.finfo(kl.dtype).max)))
+
+
+def _gather_gradients(
+    sides, logits, row, dkl: Tensor, runs: tuple[Run, Run], unit: Tensor | None
+) -> None:
     """From a chunk's logits and row statistics to what each side gathers, for the given dkl."""
+    if unit is not None:
+        dkl = dkl / unit
     gradients = [side.dz(z) for side, z in zip(sides, logits, strict=True)]
     kl, *row_statistics = row
     categorical._backward(
@@ -124,7 +136,7 @@ def _gather_gradients(sides, logits, row, dkl: Tensor, runs: tuple[Run, Run]) ->
         runs[0].head.row_temperature,
     )  # fmt: skip
     for side, dz, z in zip(sides, gradients, logits, strict=True):
-        side.gather(dz, z)
+        side.gather(dz, z, unit)
 
 
 @without_autocast
@@ -152,7 +164,8 @@ def kl_pass(
         row = categorical._forward(*logits, None, runs[0].head.row_temperature, backend)
         store_rows(statistics, rows, row)
         if makes_gradient:
-            _gather_gradients(sides, logits, row, torch.ones_like(row[0]), runs)
+            one = torch.ones_like(row[0])
+            _gather_gradients(sides, logits, row, one, runs, _unit(sides, row[0], one))
     saved = [None, None]
     if plan.strategy == "kept-logits":
         saved = [side.chunk.z for side in sides]  # one chunk holds every counted token
@@ -195,10 +208,7 @@ def kl_backward(
     then each chunk's logits are made again.
     """
     sides = _two_sides((p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias), runs)
-    unit = None
-    if torch.float16 in (p_hidden.dtype, q_hidden.dtype) and len(mask):
-        unit = unit_of(torch.where(mask, dkl, 0.0))
-        dkl = dkl / unit
+    unit = _unit(sides, statistics[0], torch.where(mask, dkl, 0.0))
     flows = mask & (dkl != 0)
     position = mask.cumsum(0) - 1
     for rows in select_rows(flows, len(mask), runs[0].plan.chunk_tokens):
@@ -206,7 +216,5 @@ def kl_backward(
             side.logits(rows) if z is None else side.take(z, position[rows], rows)
             for side, z in zip(sides, kept, strict=True)
         ]
-        _gather_gradients(sides, logits, at_rows(statistics, rows), dkl[rows], runs)
-    return [
-        gradient for side in sides for gradient in side.gathered.finish(unit, side.weight.dtype)
-    ]
+        _gather_gradients(sides, logits, at_rows(statistics, rows), dkl[rows], runs, unit)
+    return [gradient for side in sides for gradient in side.gathered.finish(side.weight.dtype)]

@@ -12,6 +12,8 @@ from .linear_plan import LinearPlan, aligned
 from .linear_products import Head, Products, gradient_dtype
 from .linear_slices import SlicedGradient, SliceMemory, Softmaxes, slices_of
 
+# of derivatives by logits in float16, before an entropy's or a divergence's (a few times that)
+FLOAT16_ROOM = 1024.0
 Gradients3 = list[Tensor | None]  # of hidden, weight and bias; None where unneeded
 
 
@@ -25,13 +27,17 @@ class Run:
     backend: str
 
 
-def unit_of(*given: Tensor | None) -> Tensor:
-    """The power of two that the largest of the given is near, over which it is about 1.
+def unit_of(head: Head, *given: Tensor | None) -> Tensor:
+    """A power of two, over which derivatives by logits stand high in float16's range.
 
-    A gradient of 1/N would leave float16's range in the products; a power of two costs no bit.
+    They are those of a loss with the given derivatives by a token's statistics. One of 1/N, or a
+    sure token's, would fall out of that range, and one of 1e5 leave it at the other end; a power
+    of two costs no bit. What is not finite is not counted, and spoils its own token alone.
     """
-    largest = torch.stack([g.abs().max() for g in given if g is not None]).max()
-    return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)
+    given = [torch.where(g.isfinite(), g, 0.0).abs().max() for g in given if g is not None]
+    largest = torch.stack(given).max() * head.steepest
+    unit = torch.exp2(torch.floor(torch.log2(largest)))
+    return torch.where(largest > 0, unit, 1.0) / FLOAT16_ROOM
 
 
 class Chunk:
@@ -83,37 +89,51 @@ class Gathered:
         """With `kept`, dweight is made at the end, of what that has kept; else summed."""
         weight = products.weight
         like = {"dtype": products.accumulator, "device": weight.device}
-        self.products, self.chunk, self.kept = products, chunk, kept
-        self.dhidden = hidden.new_zeros(hidden.shape) if needs[0] else None
+        self.products, self.chunk, self.kept, self.unit = products, chunk, kept, None
+        waiting = gradient_dtype(weight.dtype)
+        self.dhidden = hidden.new_zeros(hidden.shape, dtype=waiting) if needs[0] else None
         self.dweight = torch.zeros(weight.shape, **like) if needs[1] and kept is None else None
         self.dbias = torch.zeros(weight.shape[0], **like) if needs[2] else None
 
-    def add(self, ds: Tensor, hidden: Tensor, rows: slice | Tensor, keep: Tensor | None) -> None:
-        """Takes in a chunk; rows where `keep` (n,) is false have no gradient: no product either."""
-        where = None
+    def add(
+        self,
+        ds: Tensor,
+        hidden: Tensor,
+        rows: slice | Tensor,
+        keep: Tensor | None,
+        unit: Tensor | None = None,
+    ) -> None:
+        """Takes in a chunk's ds, which is over `unit`; where dweight is summed, all chunks' are.
+
+        Rows where `keep` (n,) is false have no gradient: no product either.
+        """
+        where, self.unit = None, unit
         if keep is not None and not keep.all():
             where = keep.nonzero().squeeze(-1)
             ds, hidden = self.chunk.compacted(ds, where), hidden[where]
             rows = where + rows.start if isinstance(rows, slice) else rows[where]
         if self.dhidden is not None:
-            self.dhidden[rows] = self.products.dhidden(ds)
+            self.dhidden[rows] = _times(self.products.dhidden(ds), unit)
         if self.dweight is not None:
             self.products.add_dweight(ds, hidden, self.dweight)
         if self.dbias is not None:
-            self.dbias += ds.sum(0, dtype=self.dbias.dtype)
+            self.dbias += _times(ds.sum(0, dtype=self.dbias.dtype), unit)
         # last, as gradients that are kept move into the memory that ds stands in
         if self.kept is not None:
-            self.kept.add(ds, rows, where)
+            self.kept.add(ds, rows, where, unit)
 
-    def finish(self, unit: Tensor | None, dtype: torch.dtype) -> Gradients3:
-        """The gradients times `unit` in `dtype`."""
-        dhidden, dweight, dbias = gradients = [self.dhidden, self.dweight, self.dbias]
-        if unit is not None:
-            gradients = [None if g is None else g.float() * unit for g in gradients]
-        dhidden, dweight, dbias = (None if g is None else g.to(dtype) for g in gradients)
+    def finish(self, dtype: torch.dtype) -> Gradients3:
+        """The gradients in `dtype`; dweight in the one it waits in where it is made of `kept`."""
+        dweight = None if self.dweight is None else _times(self.dweight, self.unit)
+        gradients = [self.dhidden, dweight, self.dbias]
+        gradients = [None if g is None else g.to(dtype) for g in gradients]
         if self.kept is not None:
-            dweight = self.kept.dweight(unit)
-        return [dhidden, dweight, dbias]
+            gradients[1] = self.kept.dweight()
+        return gradients
+
+
+def _times(gradient: Tensor, unit: Tensor | None) -> Tensor:
+    return gradient if unit is None else gradient.mul_(unit)
 
 
 class KeptGradients:
@@ -138,6 +158,7 @@ class KeptGradients:
         equal, last = memory.tensor_split([count * columns * self.room])
         self.equal_slices = equal.view(count, self.room, columns)
         self.last_slice = last.view(self.room, len(weight) - count * columns)
+        # of each chunk: its rows in either memory, and the unit that their gradients are over
         self.own, self.own_rows, self.kept_rows = 0, [], []
         self.remade: list[Softmaxes] = []
 
@@ -149,7 +170,9 @@ class KeptGradients:
         if self.again:
             self.remade.append(softmaxes().at(slice(self.again)))
 
-    def add(self, ds: Tensor, rows: slice | Tensor, where: Tensor | None) -> None:
+    def add(
+        self, ds: Tensor, rows: slice | Tensor, where: Tensor | None, unit: Tensor | None
+    ) -> None:
         """Keeps a chunk's gradient, whose memory it uses up; `where` are the places of its rows in
         the chunk, if not all."""
         rows, again = indices_of(rows, ds.device), self.again
@@ -159,11 +182,11 @@ class KeptGradients:
         ds, rows = ds[again:], rows[again:]
         left = max(len(ds) - (self.room - self.own), 0)
         self._store_in_dweight(ds[left:])
-        self.own_rows.append(rows[left:])
+        self.own_rows.append((rows[left:], unit))
         if again or where is not None:
             self.chunk.dz[:left] = ds[:left].clone() if where is None else ds[:left]
         self.chunk.first += left
-        self.kept_rows.append(rows[:left])
+        self.kept_rows.append((rows[:left], unit))
 
     def _store_in_dweight(self, ds: Tensor) -> None:
         count, _, columns = self.equal_slices.shape
@@ -173,10 +196,12 @@ class KeptGradients:
         self.last_slice[tokens] = ds[:, split:]
         self.own = tokens.stop
 
-    def dweight(self, unit: Tensor | None) -> Tensor:
+    def dweight(self) -> Tensor:
         """dweight, slice by slice: one sum over all tokens, rounded once."""
-        own_hidden, kept_hidden = self._hidden(self.own_rows), self._hidden(self.kept_rows)
-        kept, remade = self.chunk.all_dz[: self.chunk.first], self._remade_gradients()
+        units = [unit for _, unit in self.own_rows if unit is not None]
+        unit = torch.stack(units).max() if units else None
+        own_hidden, kept_hidden = (self._hidden(r, unit) for r in (self.own_rows, self.kept_rows))
+        kept, remade = self.chunk.all_dz[: self.chunk.first], self._remade_gradients(unit)
         own_slices = (*self.equal_slices, self.last_slice)
         for part, memory in zip(self.slices, own_slices, strict=False):
             pieces = [(memory[: self.own], own_hidden), (kept[:, part], kept_hidden)]
@@ -197,16 +222,21 @@ class KeptGradients:
             self.whole[part] = total if unit is None else total * unit
         return self.whole
 
-    def _hidden(self, rows: list[Tensor]) -> Tensor:
-        if not rows:
+    def _hidden(self, chunks: list[tuple[Tensor, Tensor | None]], unit: Tensor | None) -> Tensor:
+        """The chunks' hidden states, times their own unit over the one that all share."""
+        if not chunks:
             return self.hidden[:0]
-        return self.hidden[torch.cat(rows)]
+        hidden = self.hidden[torch.cat([rows for rows, _ in chunks])]
+        if unit is not None:
+            factors = torch.cat([(own / unit).expand(len(rows)) for rows, own in chunks])
+            hidden.mul_(factors[:, None])
+        return hidden
 
-    def _remade_gradients(self) -> list[tuple[SlicedGradient, SliceMemory]]:
+    def _remade_gradients(self, unit: Tensor | None) -> list[tuple[SlicedGradient, SliceMemory]]:
         """The tokens to be made again, as many at a time as the chunk's logits leave room for."""
         if not self.remade:
             return []
-        tokens, columns = Softmaxes.joined(self.remade), self.run.plan.slice_columns
+        tokens, columns = Softmaxes.joined(self.remade).over(unit), self.run.plan.slice_columns
         z, dtype = self.chunk.all_z.view(-1), self.chunk.all_dz.dtype
         memory = SliceMemory(z, dtype)
         if memory.fitting(columns) == 0:

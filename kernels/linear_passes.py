@@ -51,10 +51,6 @@ def policy_pass(
     like = {"dtype": statistics_dtype(hidden), "device": target.device}
     statistics = [torch.zeros(target.shape, **like) for _ in range(4)]
     statistics.append(torch.zeros(target.shape, dtype=torch.bool, device=target.device))
-    unit = None
-    if hidden.dtype == torch.float16 and len(target):
-        unit = unit_of(token_weight)
-        token_weight = token_weight / unit
     chunks = list(select_rows(token_weight != 0, len(target), run.plan.chunk_tokens))
     kept = kept_gradients(hidden, products, run, chunk, sum(map(count_of, chunks)))
     gathered = Gathered(hidden, products, run.needs, chunk, kept)
@@ -62,21 +58,46 @@ def policy_pass(
         hidden_rows, given = hidden[rows], at_rows(per_token, rows)
         z, dz = chunk.z[: len(hidden_rows)], chunk.dz[: len(hidden_rows)]
         run.head.cap_(products.logits(hidden_rows, z))
-        parts = rows_policy._forward_backward(
-            run.backend, z, dz, target[rows], *given, token_weight[rows], options,
-            run.head.row_temperature,
-        )  # fmt: skip
+        parts, unit = _policy_rows(z, dz, target[rows], given, token_weight[rows], options, run)
         store_rows(statistics, rows, parts)
         if kept is not None:
             made = (parts, hidden_rows, z, target[rows], given, token_weight[rows], options, run)
             kept.expect(len(hidden_rows), partial(_policy_softmaxes, *made))
         ds = run.head.uncap_(dz, z)
-        gathered.add(ds, hidden_rows, rows, _flows(given, parts[-1], options))
-    if unit is not None:
-        statistics[0] *= unit
+        gathered.add(ds, hidden_rows, rows, _flows(given, parts[-1], options), unit)
     if per_token[2] is None:
         statistics[3] = None
-    return statistics, gathered.finish(unit, gradient_dtype(weight.dtype))
+    return statistics, gathered.finish(gradient_dtype(weight.dtype))
+
+
+def _policy_rows(
+    z, dz, target, given, token_weight, options, run: Run
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """(loss, logp, entropy, kl, clipped) of a chunk; the unit that its gradient, in dz, is over."""
+    temperature = run.head.row_temperature
+    if dz.dtype != torch.float16:
+        parts = rows_policy._forward_backward(
+            run.backend, z, dz, target, *given, token_weight, options, temperature
+        )
+        return parts, None
+    # a unit follows from the derivatives, which follow from logp: not in one launch
+    logp, entropy, _, row_max, log_sum = rows_logprob._forward(
+        z, target, None, temperature, True, run.backend, True
+    )
+    terms = policy_terms(logp, entropy, *given, options)
+    dlogp, dentropy = _derivatives(terms, token_weight, options)
+    unit = unit_of(run.head, dlogp, dentropy)
+    rows_logprob._backward(
+        run.backend, z, dz, target, None, entropy, row_max, log_sum, dlogp / unit, None,
+        None if dentropy is None else dentropy / unit, temperature,
+    )  # fmt: skip
+    return (terms.loss * token_weight, logp, entropy, terms.kl, terms.clipped), unit
+
+
+def _derivatives(terms, token_weight, options) -> tuple[Tensor, Tensor | None]:
+    """dloss/dlogp and, where there is an entropy bonus, dloss/dentropy."""
+    dentropy = -options.entropy_coef * token_weight if options.entropy_coef else None
+    return terms.dlogp * token_weight, dentropy
 
 
 def kept_gradients(hidden, products, run: Run, chunk: Chunk, coming: int) -> KeptGradients | None:
@@ -96,11 +117,11 @@ def softmaxes_of(hidden, z, target, run: Run, entropy, dlogp, dentropy) -> Softm
 
 def _policy_softmaxes(parts, hidden, z, target, given, token_weight, options, run) -> Softmaxes:
     _, logp, entropy, _, _ = parts
-    advantage, *others = given
-    terms = policy_terms(logp, entropy, advantage, *others, options)
-    dentropy = -options.entropy_coef * token_weight if options.entropy_coef else None
-    entropy = entropy if options.entropy_coef else None
-    return softmaxes_of(hidden, z, target, run, entropy, terms.dlogp * token_weight, dentropy)
+    dlogp, dentropy = _derivatives(
+        policy_terms(logp, entropy, *given, options), token_weight, options
+    )
+    entropy = None if dentropy is None else entropy
+    return softmaxes_of(hidden, z, target, run, entropy, dlogp, dentropy)
 
 
 def _flows(given: list[Tensor | None], clipped: Tensor, options: PolicyOptions) -> Tensor | None:
@@ -151,18 +172,26 @@ def logprob_pass(
 
 
 def _keep_unit_gradient(saved, rows, z, dz, target, parts, products, run: Run) -> None:
-    """Stores dlse/dhidden = p W / T of a chunk, and the softcap's slope at the targets."""
+    """Stores -dlogp/dhidden = (p - 1[target]) W / T of a chunk, and the softcap's slope at targets.
+
+    1 - p is rounded, not p: of a sure token, p in low precision would leave nothing.
+    """
     unit_gradient, slope = saved
     if run.head.softcap is not None:
         inside = target.long().clamp(0, z.shape[-1] - 1)
         chosen = z.gather(-1, inside[:, None]).squeeze(-1)
         slope[rows] = 1 - (chosen / run.head.softcap).square()
-    _, entropy, _, row_max, log_sum = parts
+    logp, entropy, _, row_max, log_sum = parts
+    dlogp, unit = -torch.ones_like(logp), None
+    if dz.dtype == torch.float16:
+        unit = unit_of(run.head, dlogp)
+        dlogp = dlogp / unit
     rows_logprob._backward(
         run.backend, z, dz, target, None, entropy, row_max, log_sum,
-        None, torch.ones_like(parts[0]), None, run.head.row_temperature,
+        dlogp, None, None, run.head.row_temperature,
     )  # fmt: skip
-    unit_gradient[rows] = products.dhidden(run.head.uncap_(dz, z)).to(unit_gradient.dtype)
+    dhidden = products.dhidden(run.head.uncap_(dz, z))
+    unit_gradient[rows] = (dhidden if unit is None else dhidden * unit).to(unit_gradient.dtype)
 
 
 def scale_unit_gradient(
@@ -174,15 +203,17 @@ def scale_unit_gradient(
     dlse: Tensor | None,
     head: Head,
 ) -> Tensor:
-    """dhidden = dlogp (W[target] slope scale / T - dlse/dhidden) + dlse (dlse/dhidden)."""
+    """dhidden = (dlse - dlogp) u + dlse W[target] slope scale / T, with u = -dlogp/dhidden."""
     unit_gradient, slope = saved
     zero = torch.zeros_like(slope)
-    dlogp, dlse = (zero if g is None else torch.where(mask, g, 0.0) for g in (dlogp, dlse))
-    at_target = dlogp * slope * (head.logit_scale / head.temperature)
-    # a counted target out of range has made its row NaN already: nothing outside may be read
-    inside = torch.where(mask, target, 0).long().clamp(0, weight.shape[0] - 1)
-    dhidden = (dlse - dlogp)[:, None] * unit_gradient
-    return dhidden.add_(weight[inside] * at_target[:, None]).to(weight.dtype)
+    dlogp, at_target = (zero if g is None else torch.where(mask, g, 0.0) for g in (dlogp, dlse))
+    dhidden = (at_target - dlogp)[:, None] * unit_gradient
+    if dlse is not None:
+        at_target = at_target * slope * (head.logit_scale / head.temperature)
+        # a counted target out of range has made its row NaN already: nothing outside may be read
+        inside = torch.where(mask, target, 0).long().clamp(0, weight.shape[0] - 1)
+        dhidden.add_(weight[inside] * at_target[:, None])
+    return dhidden.to(weight.dtype)
 
 
 @without_autocast
@@ -204,7 +235,8 @@ def logprob_backward(
     """
     unit = None
     if hidden.dtype == torch.float16 and len(target):
-        unit = unit_of(*(None if g is None else torch.where(mask, g, 0.0) for g in given))
+        masked = (None if g is None else torch.where(mask, g, 0.0) for g in given)
+        unit = unit_of(run.head, *masked)
         given = [None if g is None else g / unit for g in given]
     flows = mask & torch.stack([g != 0 for g in given if g is not None]).any(0)
     rows = next(select_rows(flows, len(target), max(len(target), 1)), slice(0, 0))

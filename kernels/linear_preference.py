@@ -230,9 +230,7 @@ def preference_pass(
     gathered = Gathered(hidden, products, run.needs, chunk, kept)
     like = {"dtype": statistics_dtype(hidden), "device": hidden.device}
     loss, per_pair = torch.zeros((), **like), torch.zeros(4, half, **like)
-    # float16's gradients are kept in its range by a power of two, the same in all groups
-    unit = 1.0 / half if hidden.dtype == torch.float16 and half else None
-    unit = None if unit is None else unit_of(torch.tensor([unit], **like))
+    low = hidden.dtype == torch.float16
     for pairs in groups:
         owners = torch.cat([torch.arange(half)[pairs], torch.arange(half)[pairs] + half])
         local = answers.mask[owners].nonzero()
@@ -250,18 +248,17 @@ def preference_pass(
         )
         loss += group_loss
         per_pair[:, pairs] = torch.stack([*rewards, *sums.chunk(2)])
-        if unit is not None:
-            dlogp = dlogp / unit
+        unit = unit_of(run.head, dlogp) if low else None
         _, entropy, _, row_max, log_sum = parts
         rows_logprob._backward(
             run.backend, z, dz, target[rows], None, entropy, row_max, log_sum,
-            dlogp, None, None, run.head.row_temperature,
+            dlogp if unit is None else dlogp / unit, None, None, run.head.row_temperature,
         )  # fmt: skip
         if kept is not None:
             made = (hidden_rows, z, target[rows], run, None, dlogp, None)
             kept.expect(len(rows), partial(softmaxes_of, *made))
-        gathered.add(run.head.uncap_(dz, z), hidden_rows, rows, dlogp != 0)
-    return [loss, *per_pair], gathered.finish(unit, gradient_dtype(weight.dtype))
+        gathered.add(run.head.uncap_(dz, z), hidden_rows, rows, dlogp != 0, unit)
+    return [loss, *per_pair], gathered.finish(gradient_dtype(weight.dtype))
 
 
 @torch.enable_grad()

@@ -29,6 +29,12 @@ class Head:
         """What the row kernel divides by: without a softcap the scale costs nothing there."""
         return self.temperature / self.logit_scale if self.softcap is None else self.temperature
 
+    @property
+    def steepest(self) -> float:
+        """What a derivative by z / T grows by at most, on its way to that by hidden W^T + bias."""
+        inside = self.logit_scale if self.softcap is None else max(self.logit_scale, 1.0)
+        return inside / self.temperature
+
     def cap_(self, s: Tensor) -> Tensor:
         """From hidden W^T + bias to what the row kernel reads, in place."""
         if self.softcap is None:
@@ -85,11 +91,12 @@ class Products:
         return out if self.bias is None else out.add_(self.bias[columns])
 
     def dhidden(self, ds: Tensor) -> Tensor:
-        """(n, H) = ds W, in the weight's dtype (each row is one product, rounded once)."""
-        if self.rounds_well:
+        """(n, H) = ds W, in the dtype that gradients wait in (one product a row, rounded once)."""
+        waiting = gradient_dtype(self.weight.dtype)
+        if self.rounds_well and waiting == self.weight.dtype:
             return torch.mm(ds, self.weight)
         total = ds.new_zeros(len(ds), self.weight.shape[1], dtype=self.accumulator)
-        return self.add_dhidden(ds, total).to(self.weight.dtype)
+        return self.add_dhidden(ds, total).to(waiting)
 
     def add_dhidden(self, ds: Tensor, total: Tensor, columns: slice = EVERY) -> Tensor:
         """total (n, H), in the accumulator's dtype, += ds (n, w) W at `columns`."""

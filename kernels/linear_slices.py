@@ -8,7 +8,7 @@ Every token's gradient of a slice exists at once, so that the slice's dweight is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class Softmaxes:
     def at(self, rows: slice | Tensor) -> Softmaxes:
         parts = (getattr(self, field.name) for field in fields(self))
         return Softmaxes(*(None if part is None else part[rows] for part in parts))
+
+    def over(self, unit: Tensor | None) -> Softmaxes:
+        """The same tokens of a loss divided by `unit`."""
+        if unit is None:
+            return self
+        given = {name: getattr(self, name) for name in ("dlogp", "dlse", "dentropy")}
+        return replace(self, **{n: None if g is None else g / unit for n, g in given.items()})
 
     @staticmethod
     def joined(several: list[Softmaxes]) -> Softmaxes:
