@@ -17,7 +17,7 @@ class LinearPolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, *arguments):
         (loss, *rest), gradients = policy_pass(hidden, weight, bias, *arguments)
         ctx.save_for_backward(*gradients)
-        ctx.inputs, ctx.dtype = 3 + len(arguments), weight.dtype
+        ctx.inputs = 3 + len(arguments)
         ctx.mark_non_differentiable(*(t for t in rest if t is not None))
         ctx.set_materialize_grads(False)
         return loss.sum(), *rest
@@ -28,9 +28,8 @@ class LinearPolicyLoss(torch.autograd.Function):
         if dloss is None:
             return (None,) * ctx.inputs
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = [
-            None if g is None else _scaled(g, dloss, keep).to(ctx.dtype) for g in ctx.saved_tensors
-        ]
+        # autograd rounds them to their inputs' dtypes, which they may be wider than
+        gradients = [None if g is None else _scaled(g, dloss, keep) for g in ctx.saved_tensors]
         return *gradients, *(None,) * (ctx.inputs - 3)
 
 

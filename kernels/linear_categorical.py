@@ -9,11 +9,14 @@ both gradients at once.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import resolve_backend
+from .blocks import statistics_dtype
 from .categorical import check_logits, check_mask
 from .categorical_kernels import accumulator_dtype
 from .checks import check_finite, check_positive, checks_types
@@ -138,12 +141,14 @@ def linear_categorical_kl_backward_op(
 
 @linear_categorical_kl_backward_op.register_fake
 def _(p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask, statistics, dkl, *options):
-    tensors = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias)
+    like = {"memory_format": torch.contiguous_format}
+    gradients = []
+    for hidden, weight, bias in ((p_hidden, p_weight, p_bias), (q_hidden, q_weight, q_bias)):
+        gradients += [partial(torch.empty_like, tensor, **like) for tensor in (hidden, weight)]
+        gradients.append(partial(torch.empty_like, bias, dtype=statistics_dtype(weight), **like))
     return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if need
-        else dkl.new_empty(0)
-        for tensor, need in zip(tensors, options[-2], strict=True)
+        gradient() if need else dkl.new_empty(0)
+        for gradient, need in zip(gradients, options[-2], strict=True)
     )
 
 

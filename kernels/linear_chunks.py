@@ -123,10 +123,10 @@ class Gathered:
             self.kept.add(ds, rows, where, unit)
 
     def finish(self, dtype: torch.dtype) -> Gradients3:
-        """The gradients in `dtype`; dweight in the one it waits in where it is made of `kept`."""
+        """The gradients in `dtype`; dweight, where made of `kept`, in its own, dbias as summed."""
         dweight = None if self.dweight is None else _times(self.dweight, self.unit)
-        gradients = [self.dhidden, dweight, self.dbias]
-        gradients = [None if g is None else g.to(dtype) for g in gradients]
+        gradients = [None if g is None else g.to(dtype) for g in (self.dhidden, dweight)]
+        gradients.append(self.dbias)
         if self.kept is not None:
             gradients[1] = self.kept.dweight()
         return gradients

@@ -19,6 +19,7 @@ from .linear_chunks import Run
 from .linear_inputs import prepare_head
 from .linear_ops import linear_policy_loss_op, linear_token_logprob_op
 from .linear_plan import LinearPlan, make_plan
+from .linear_products import Head
 from .policy_inputs import prepare_policy
 from .policy_loss import PolicyLoss, composed_policy_loss
 from .token_logprob import TokenLogprob
@@ -50,7 +51,8 @@ def linear_token_logprob(
         weight: (V, H), the head's weight (a sharded DTensor is gathered). Where its dtype is not
             hidden's, the products run in the one that holds both; inside autocast, in autocast's.
         target: integers (N,) or (B, T) in [0, V).
-        bias: (V,) or None.
+        bias: (V,) or None; of a wider dtype than the products', it is added as it is (in float32
+            to float32 sums), but inside autocast rounded as a linear layer's.
         temperature, softcap, logit_scale: positive; softcap None = none.
         mask: bool (N,) or (B, T), true = the token counts; masked tokens cost no product.
         entropy: False leaves the entropy out, uncomputed and None.
@@ -67,42 +69,52 @@ def linear_token_logprob(
         ValueError: a wrong shape, dtype, device or range, as in `token_logprob`; a layer in the
             place of its weight.
     """
-    return _statistics(
-        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
-        logit_scale=logit_scale, mask=mask, entropy=entropy, entropy_gradient=entropy,
+    check_rows(hidden, target, mask=mask, temperature=temperature, name="hidden")
+    backend = resolve_backend(backend, hidden)
+    prepared = prepare_head(
+        hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    return prepared_token_logprob(
+        *prepared, target, mask, entropy=entropy, entropy_gradient=entropy,
         chunk_bytes=chunk_bytes, backend=backend,
     )  # fmt: skip
 
 
-def _statistics(
-    hidden, weight, target, *, bias, temperature, softcap, logit_scale, mask, entropy,
-    entropy_gradient, chunk_bytes, backend,
-) -> TokenLogprob:  # fmt: skip
-    """`linear_token_logprob`, where the entropy may be wanted without its gradient."""
-    check_rows(hidden, target, mask=mask, temperature=temperature, name="hidden")
-    shape = target.shape
-    flat, weight, bias, head = prepare_head(
-        hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-    )
-    backend = resolve_backend(backend, hidden)
+def prepared_token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    target: Tensor,
+    mask: Tensor | None,
+    *,
+    entropy: bool,
+    entropy_gradient: bool,
+    chunk_bytes: int | None,
+    backend: str,
+) -> TokenLogprob:
+    """`linear_token_logprob` of what `prepare_head` gives, hidden (N, H) among it.
+
+    The entropy may be wanted without its gradient.
+    """
     check_targets_in_range(target, mask, weight.shape[0], backend)
+    shape = target.shape
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=target.device)
-    needs = _needs(flat, weight, bias)
-    plan = make_plan(
-        flat, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=True,
-        separate_gradient=softcap is not None, with_entropy=entropy_gradient,
-    )  # fmt: skip
-    if not _is_plain(flat, weight, bias, target, mask):
+    needs = _needs(hidden, weight, bias)
+    given = (hidden, weight, bias, target.reshape(-1), mask.reshape(-1), entropy)
+    if not _is_plain(hidden, weight, bias, target, mask):
         logp, entropies, lse, _, _ = linear_token_logprob_op(
-            flat, weight, bias, target.reshape(-1), mask.reshape(-1), entropy, head.temperature,
-            head.softcap, head.logit_scale, chunk_bytes, list(needs), backend,
+            *given, head.temperature, head.softcap, head.logit_scale, chunk_bytes, list(needs),
+            backend,
         )  # fmt: skip
     else:
-        logp, entropies, lse = LinearTokenLogprob.apply(
-            flat, weight, bias, target.reshape(-1), mask.reshape(-1), entropy,
-            Run(head, plan, needs, backend),
+        plan = make_plan(
+            hidden, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=True,
+            separate_gradient=head.softcap is not None, with_entropy=entropy_gradient,
         )  # fmt: skip
+        run = Run(head, plan, needs, backend)
+        logp, entropies, lse = LinearTokenLogprob.apply(*given, run)
     entropies = entropies.view(shape) if entropy else None
     if entropy and not entropy_gradient:
         entropies = entropies.detach()
@@ -160,32 +172,28 @@ def linear_policy_loss(
     Raises:
         ValueError: as in `policy_loss` and `linear_token_logprob`.
     """
+    check_rows(hidden, target, mask=mask, temperature=temperature, name="hidden")
     backend = resolve_backend(backend, hidden)
+    flat, weight, bias, head = prepare_head(
+        hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
     options, mask, token_weight, per_token = prepare_policy(
-        hidden, target, advantage, old_logp, ref_logp, mask, importance_sampling_ratio,
-        surrogate=surrogate, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, beta=beta,
-        kl_estimator=kl_estimator, entropy_coef=entropy_coef, temperature=temperature,
+        flat.view(*hidden.shape), target, advantage, old_logp, ref_logp, mask,
+        importance_sampling_ratio, surrogate=surrogate, epsilon=epsilon,
+        epsilon_high=epsilon_high, delta=delta, beta=beta, kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef, temperature=temperature,
         importance_sampling_level=importance_sampling_level, loss_agg_mode=loss_agg_mode,
         num_items=num_items, norm_length=norm_length, cu_seqlens=cu_seqlens,
         surrogate_params=surrogate_params, name="hidden",
     )  # fmt: skip
-    flat, weight, bias, head = prepare_head(
-        hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-    )
     needs = _needs(flat, weight, bias)
     if not any(needs) or not options.knows_derivative(backend):
-        statistics = _statistics(
-            hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
-            logit_scale=logit_scale, mask=mask, entropy=True,
-            entropy_gradient=options.entropy_coef != 0, chunk_bytes=chunk_bytes,
-            backend=backend,
+        statistics = prepared_token_logprob(
+            flat, weight, bias, head, target, mask, entropy=True,
+            entropy_gradient=options.entropy_coef != 0, chunk_bytes=chunk_bytes, backend=backend,
         )  # fmt: skip
         return composed_policy_loss(statistics, mask, token_weight, per_token, options, cu_seqlens)
     check_targets_in_range(target, mask, weight.shape[0], backend)
-    plan = make_plan(
-        flat, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=False,
-        separate_gradient=softcap is not None,
-    )  # fmt: skip
     per_token = [None if t is None else t.view(-1) for t in per_token]
     if not _is_plain(flat, weight, bias, target, token_weight, *per_token):
         loss, *rest = linear_policy_loss_op(
@@ -196,6 +204,10 @@ def linear_policy_loss(
         logp, entropy, kl, clipped = (t.detach() for t in rest)
         rest = (logp, entropy, None if ref_logp is None else kl, clipped)
         return PolicyLoss(loss, *(None if t is None else t.view(target.shape) for t in rest))
+    plan = make_plan(
+        flat, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=False,
+        separate_gradient=softcap is not None,
+    )  # fmt: skip
     loss, *rest = LinearPolicyLoss.apply(
         flat, weight, bias, target.reshape(-1), per_token, token_weight.view(-1), options,
         Run(head, plan, needs, backend),

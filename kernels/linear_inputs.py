@@ -19,7 +19,10 @@ def prepare_head(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Head]:
-    """hidden as (N, H), weight and bias in one dtype, all differentiable in the originals."""
+    """hidden as (N, H) and weight in one dtype, and bias, all differentiable in the originals.
+
+    A bias of a wider dtype than theirs stays as wide as their sums are.
+    """
     if isinstance(weight, torch.nn.Module):
         raise ValueError(_module_message(weight))
     if hasattr(hidden, "full_tensor"):
@@ -51,7 +54,7 @@ def prepare_head(
     check_finite(logit_scale=logit_scale, softcap=1.0 if softcap is None else softcap)
     dtype = _product_dtype(hidden, weight)
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.to(_bias_dtype(bias, dtype))
     softcap = None if softcap is None else float(softcap)
     return hidden, weight.to(dtype), bias, Head(float(temperature), softcap, float(logit_scale))
 
@@ -62,6 +65,13 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
     return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _bias_dtype(bias: Tensor, products: torch.dtype) -> torch.dtype:
+    """The products' dtype, or that of their sums where the bias would be rounded to be added."""
+    rounded = torch.promote_types(bias.dtype, products) != products
+    widest = torch.float64 if products == torch.float64 else torch.float32
+    return widest if rounded and not autocast_enabled(bias.device.type) else products
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -34,11 +34,10 @@ def _present(parts: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
 
 def _empty_gradients(hidden, weight, needs, dtype, otherwise) -> list[Tensor]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (dtype, dtype, statistics_dtype(hidden))
     return [
-        torch.empty(
-            shape if need else (0,), dtype=dtype if need else otherwise, device=hidden.device
-        )
-        for shape, need in zip(shapes, needs, strict=True)
+        torch.empty(shape if need else (0,), dtype=own if need else otherwise, device=hidden.device)
+        for shape, own, need in zip(shapes, dtypes, needs, strict=True)
     ]
 
 
@@ -91,13 +90,13 @@ def _(hidden, weight, bias, target, advantage, old_logp, ref_logp, ratio, token_
 
 def _policy_context(ctx, inputs, output):
     ctx.save_for_backward(*output[-3:])
-    ctx.needs, ctx.inputs, ctx.dtype = inputs[-2], len(inputs), inputs[1].dtype
+    ctx.needs, ctx.inputs = inputs[-2], len(inputs)
     ctx.set_materialize_grads(False)
 
 
 def _policy_backward(ctx, dloss, *_):
     gradients = [
-        (g * dloss).to(ctx.dtype) if need and dloss is not None else None
+        g * dloss if need and dloss is not None else None
         for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
     return *gradients, *(None,) * (ctx.inputs - 3)

@@ -11,6 +11,7 @@ loss couples the pairs, logp comes from `linear_token_logprob`, by its plan.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,7 +24,7 @@ from .blocks import statistics_dtype, without_autocast
 from .checks import check_rows, check_targets_in_range, checks_types
 from .linear_autograd import _scaled
 from .linear_chunks import Chunk, Gathered, Gradients3, Run, unit_of
-from .linear_head import _is_plain, _needs, linear_token_logprob
+from .linear_head import _is_plain, _needs, prepared_token_logprob
 from .linear_inputs import prepare_head
 from .linear_passes import kept_gradients, softmaxes_of
 from .linear_plan import LinearPlan, make_plan
@@ -97,57 +98,50 @@ def linear_preference_loss(
         cpo_alpha=cpo_alpha,
     )  # fmt: skip
     _check_rows_are_pairs(hidden, target, mask, ref_logp, ref_hidden, ref_weight, options)
-    head = {"softcap": softcap, "logit_scale": logit_scale, "chunk_bytes": chunk_bytes}
-    head |= {"temperature": temperature, "backend": backend}
+    backend = resolve_backend(backend, hidden)
+    form = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    asked = {"target": target, "mask": mask, "chunk_bytes": chunk_bytes, "backend": backend}
     token_weight = beyond_shorter(mask, ld_alpha)
     if ref_hidden is not None:
         with torch.no_grad():
-            asked = linear_token_logprob(
-                ref_hidden, ref_weight, target, bias=ref_bias, mask=mask, entropy=False, **head
-            ).logp
-        ref_logp = summed(asked, token_weight)
+            reference = prepare_head(ref_hidden, ref_weight, ref_bias, **form)
+            ref_logp = summed(_logprob(reference, **asked).logp, token_weight)
+    prepared = prepare_head(hidden, weight, bias, **form)
     pair_weight = None
     if use_weighting:
+        *tensors, head = prepared
 
         def ask(temperature: float) -> TokenLogprob:
-            return linear_token_logprob(
-                hidden, weight, target, bias=bias, mask=mask, entropy=False,
-                **head | {"temperature": temperature},
-            )  # fmt: skip
+            return _logprob((*tensors, replace(head, temperature=temperature)), **asked)
 
-        pair_weight = wpo_weight(ask, mask, temperature)
+        pair_weight = wpo_weight(ask, mask, head.temperature)
     answers = Answers(mask, token_weight, ref_logp, pair_weight, num_items)
-    return _preference(hidden, weight, bias, target, answers, options, head)
+    return _preference(prepared, answers, options, asked)
 
 
-def _preference(hidden, weight, bias, target, answers: Answers, options, head) -> PreferenceLoss:
+def _logprob(prepared, *, target, mask, chunk_bytes, backend) -> TokenLogprob:
+    return prepared_token_logprob(
+        *prepared, target, mask, entropy=False, entropy_gradient=False, chunk_bytes=chunk_bytes,
+        backend=backend,
+    )  # fmt: skip
+
+
+def _preference(prepared, answers: Answers, options, asked) -> PreferenceLoss:
     """One pass over pairs where that can be, else the composed way."""
-    backend = resolve_backend(head["backend"], hidden)
-    flat, matrix, whole_bias, head_form = prepare_head(
-        hidden, weight, bias,
-        **{name: head[name] for name in ("temperature", "softcap", "logit_scale")},
-    )  # fmt: skip
-    needs = _needs(flat, matrix, whole_bias)
-    counts = answers.mask.sum(1)
-    plan = plan_pairs(
-        flat, matrix, counts, needs, chunk_bytes=head["chunk_bytes"],
-        separate_gradient=head["softcap"] is not None,
-    )  # fmt: skip
-    plain = _is_plain(flat, matrix, whole_bias, target, answers.mask)
-    if plan is None or options.couples_pairs or not plain:
-        logp = linear_token_logprob(
-            hidden, weight, target, bias=bias, mask=answers.mask, entropy=False, **head
-        ).logp
-        return answers.preference_loss(logp, options)
-    check_targets_in_range(target, answers.mask, matrix.shape[0], backend)
+    *tensors, head = prepared
+    target, backend = asked["target"], asked["backend"]
+    needs, plan = _needs(*tensors), None
+    # first, as a traced call has no numbers for a plan to read
+    if _is_plain(*tensors, target, answers.mask) and not options.couples_pairs:
+        plan = plan_pairs(
+            *tensors[:2], answers.mask.sum(1), needs, chunk_bytes=asked["chunk_bytes"],
+            separate_gradient=head.softcap is not None,
+        )  # fmt: skip
+    if plan is None:
+        return answers.preference_loss(_logprob(prepared, **asked).logp, options)
+    check_targets_in_range(target, answers.mask, len(tensors[1]), backend)
     loss, *rest = _LinearPreferenceLoss.apply(
-        flat,
-        matrix,
-        whole_bias,
-        target.reshape(-1),
-        answers,
-        options,
-        Run(head_form, plan, needs, backend),
+        *tensors, target.reshape(-1), answers, options, Run(head, plan, needs, backend)
     )
     return PreferenceLoss(loss, *rest)
 
@@ -194,7 +188,6 @@ class _LinearPreferenceLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, *arguments):
         statistics, gradients = preference_pass(hidden, weight, bias, *arguments)
         ctx.save_for_backward(*gradients)
-        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(*statistics[1:])
         ctx.set_materialize_grads(False)
         return tuple(statistics)
@@ -205,9 +198,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         if dloss is None:
             return (None,) * 7
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = [
-            None if g is None else _scaled(g, dloss, keep).to(ctx.dtype) for g in ctx.saved_tensors
-        ]
+        gradients = [None if g is None else _scaled(g, dloss, keep) for g in ctx.saved_tensors]
         return *gradients, None, None, None, None
 
 

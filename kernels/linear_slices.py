@@ -153,7 +153,7 @@ def sliced_gradients(
     columns: int,
     unit: Tensor | None,
 ) -> list[Tensor | None]:
-    """The gradients of the tokens' hidden (n, H), of weight and bias, times `unit`.
+    """The gradients of the tokens' hidden (n, H), of weight and bias (as summed), times `unit`.
 
     `kept` may hold logits, the tokens' at rows `place` (n,); else they are made again, `columns`
     of the vocabulary at a time.
@@ -186,5 +186,5 @@ def sliced_gradients(
             dbias[part] = ds.sum(0, dtype=dbias.dtype)
     if unit is not None:
         dhidden, dbias = (None if g is None else g * unit for g in (dhidden, dbias))
-    dhidden, dbias = (None if g is None else g.to(weight.dtype) for g in (dhidden, dbias))
+    dhidden = None if dhidden is None else dhidden.to(weight.dtype)
     return [dhidden, dweight, dbias]

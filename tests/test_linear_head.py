@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE
+from helpers import DEVICE, oracle
+from helpers.distributions import categorical_kl
 from helpers.heads import (
     ALL,
     GEMMA,
@@ -420,6 +422,54 @@ def test_a_weight_of_another_dtype_is_multiplied_in_the_wider_one(pair, backend)
     for got, want in zip(grads, naive, strict=True):
         rounding = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
         assert (got.double() - want.double()).norm() < rounding * want.double().norm()
+
+
+WIDTHS = list(itertools.product(DTYPES, DTYPES, [None, *DTYPES]))
+
+
+def test_every_mixture_of_dtypes_is_exact_to_its_widest_product():
+    """hidden, weight and bias of any dtypes: values and gradients as float64 gives them."""
+    chunk_bytes = 500
+    target = torch.randint(41, (6,), device=DEVICE)
+    for hidden_dtype, weight_dtype, bias_dtype in WIDTHS:
+        tensors = [torch.randn(6, 4).to(hidden_dtype), torch.randn(41, 4).to(weight_dtype)]
+        tensors += [] if bias_dtype is None else [torch.randn(41).mul(4).to(bias_dtype)]
+        leaves = [t.to(DEVICE).requires_grad_() for t in tensors]
+        wide = [t.to(DEVICE).double().requires_grad_() for t in tensors]
+        logp, entropy, _ = oracle.token_logprob(naive_logits(*wide), target)
+        given = {"bias": None if bias_dtype is None else leaves[2], "chunk_bytes": chunk_bytes}
+        ones = torch.ones(6, device=DEVICE)
+        loss = rl.linear_policy_loss(
+            *leaves[:2], target, ones, surrogate="reinforce", entropy_coef=0.3, **given
+        )
+        out = rl.linear_token_logprob(*leaves[:2], target, **given)
+        kl = rl.linear_categorical_kl(
+            *leaves[:2], leaves[0].detach() + 1, leaves[1].detach(), p_bias=given["bias"],
+            q_bias=None if bias_dtype is None else leaves[2].detach(), chunk_bytes=chunk_bytes,
+        )  # fmt: skip
+        other = naive_logits(
+            leaves[0].detach().add(1).double(), wide[1].detach(), *(t.detach() for t in wide[2:])
+        )
+        true_kl = categorical_kl(naive_logits(*wide), other)
+        mixture = (hidden_dtype, weight_dtype, bias_dtype)
+        is_wide = torch.float64 in mixture[:2]
+        wide_dtype = torch.float64 if is_wide else torch.float32
+        assert {loss.logp.dtype, out.logp.dtype, kl.dtype} == {wide_dtype}, mixture
+        exact = 1e-12 if is_wide else 2e-5
+        values = ((loss.logp, logp), (out.logp, logp), (out.entropy, entropy), (kl, true_kl))
+        for got, want in values:
+            assert (got.double() - want).abs().max() <= exact, mixture
+        pairs = ((loss.loss, -(logp + 0.3 * entropy).mean()), (out.logp.sum(), logp.sum()))
+        for mine, truth in (*pairs, (kl.sum(), true_kl.sum())):
+            got = torch.autograd.grad(mine, leaves, retain_graph=True)
+            wanted = torch.autograd.grad(truth, wide, retain_graph=True)
+            for gradient, want, leaf in zip(got, wanted, leaves, strict=True):
+                assert gradient.dtype == leaf.dtype
+                # gradients of low precision's logits are rounded to it, whatever the leaf's is
+                product = torch.promote_types(hidden_dtype, weight_dtype)
+                eps = max(torch.finfo(product).eps, torch.finfo(leaf.dtype).eps)
+                error = (gradient.double() - want).norm() / want.norm()
+                assert error <= 4 * eps + exact, (mixture, error)
 
 
 def test_bf16_gradient_keeps_to_float64_where_rounded_logits_flip_clips():
