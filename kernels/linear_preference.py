@@ -97,7 +97,9 @@ def linear_preference_loss(
         label_smoothing=label_smoothing, discopop_tau=discopop_tau, simpo_gamma=simpo_gamma,
         cpo_alpha=cpo_alpha,
     )  # fmt: skip
-    _check_rows_are_pairs(hidden, target, mask, ref_logp, ref_hidden, ref_weight, options)
+    _check_rows_are_pairs(
+        hidden, target, mask, ref_logp, ref_hidden, ref_weight, options, temperature
+    )
     backend = resolve_backend(backend, hidden)
     form = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     asked = {"target": target, "mask": mask, "chunk_bytes": chunk_bytes, "backend": backend}
@@ -267,13 +269,15 @@ def _group_loss(logp, owner, counts, weights, answers, options, pairs):
 
 
 def _check_rows_are_pairs(
-    hidden, target, mask, ref_logp, ref_hidden, ref_weight, options: PreferenceOptions
+    hidden, target, mask, ref_logp, ref_hidden, ref_weight, options: PreferenceOptions, temperature
 ) -> None:
     if hidden.dim() != 3 or len(hidden) % 2:
         raise ValueError(
             f"hidden must have shape (2B, T, H), rows [chosen; rejected], got {tuple(hidden.shape)}"
         )
-    check_rows(hidden, target, mask=mask, temperature=1.0, name="hidden")
+    for name, rows in {"hidden": hidden, "ref_hidden": ref_hidden}.items():
+        if rows is not None:
+            check_rows(rows, target, mask=mask, temperature=temperature, name=name)
     names = ", ".join(options.loss_types)
     if ref_logp is not None and ref_hidden is not None:
         raise ValueError("give ref_logp or ref_hidden, not both: they are the same reference")

@@ -147,7 +147,7 @@ def test_forward_mode_derivatives_raise(loss):
         torch.func.grad(lambda h: loss(h, *rest))(hidden.detach())
 
 
-def test_an_fsdp2_weight_gets_the_mean_gradient_of_all_ranks(tmp_path):
+def test_an_fsdp2_weight_is_gathered_once_and_gets_the_mean_gradient_of_all_ranks(tmp_path):
     script = Path(__file__).parent / "helpers" / "sharded_head.py"
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]),
@@ -165,6 +165,8 @@ def test_an_fsdp2_weight_gets_the_mean_gradient_of_all_ranks(tmp_path):
         assert process.returncode == 0, errors[-3000:]
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert all("hidden.to_local()" in result["refused"] for result in results)
+    for result in results:
+        assert set(result["gathers"].values()) == {1}, "each loss gathers the weight once"
     for name in ("policy", "logprob"):
         head = make_head()
         losses = [loss_of(head, rank, name) for rank in range(2)]

@@ -370,6 +370,16 @@ def test_bad_arguments_are_refused():
         ),
         ((hidden, weight, *rest, inputs.ref_logp), {"ld_alpha": 1.5}, "ld_alpha must be in"),
         ((hidden, weight, *rest, inputs.ref_logp), {"beta": -1.0}, "beta must be positive"),
+        (
+            (hidden, weight, *rest, inputs.ref_logp),
+            {"temperature": 0.0},
+            "temperature must be positive",
+        ),
+        (
+            (hidden, weight, *rest),
+            {"ref_hidden": hidden[:, :2], "ref_weight": weight},
+            "leading shape of ref_hidden",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call(*arguments, **options)

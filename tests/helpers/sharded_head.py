@@ -50,6 +50,45 @@ def refusal_of_sharded_hidden(mesh) -> str:
     return "accepted"
 
 
+def gathered_weights(head: nn.Linear) -> dict[str, int]:
+    """How often each loss gathers the head's weight."""
+    hidden, target, advantage = make_inputs(0)
+    shared = {"bias": head.bias, "chunk_bytes": 400}
+    tokens = (hidden, head.weight, target)
+    answers = (hidden.view(2, 3, 8), head.weight, target.view(2, 3))
+    answers += (torch.ones(2, 3, dtype=torch.bool), torch.zeros(2))
+    boundaries = torch.tensor([0, 2, 6], dtype=torch.int32)
+    losses = {
+        "logprob": lambda: rl.linear_token_logprob(*tokens, **shared),
+        "policy": lambda: rl.linear_policy_loss(*tokens, advantage, **shared),
+        "sequence": lambda: rl.linear_policy_loss(
+            *tokens,
+            advantage,
+            importance_sampling_level="sequence",
+            cu_seqlens=boundaries,
+            **shared,
+        ),
+        "pairs": lambda: rl.linear_preference_loss(*answers, **shared | {"chunk_bytes": 1 << 20}),
+        "long pairs": lambda: rl.linear_preference_loss(*answers, **shared),
+        "coupled pairs": lambda: rl.linear_preference_loss(*answers, loss_type="aot", **shared),
+        "weighted pairs": lambda: rl.linear_preference_loss(
+            *answers, use_weighting=True, ld_alpha=0.5, **shared
+        ),
+    }
+    gather, counts = DTensor.full_tensor, {}
+    for name, loss in losses.items():
+        counts[name] = 0
+
+        def counting(tensor, _name=name, **options):
+            counts[_name] += tensor.dim() == 2
+            return gather(tensor, **options)
+
+        DTensor.full_tensor = counting
+        loss()
+    DTensor.full_tensor = gather
+    return counts
+
+
 def main() -> None:
     directory = Path(sys.argv[1])
     rank = int(sys.argv[2])
@@ -65,6 +104,7 @@ def main() -> None:
         full = [p.grad.full_tensor() for p in (head.weight, head.bias)]
         sharded = type(head.weight.grad).__name__
         results[name] = {"loss": loss.detach(), "gradients": full, "type": sharded}
+    results["gathers"] = gathered_weights(fully_shard(make_head(), mesh=mesh))
     results["refused"] = refusal_of_sharded_hidden(mesh)
     torch.save(results, directory / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
