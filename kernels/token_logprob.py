@@ -347,8 +347,9 @@ def token_logprob(
 
     Returns:
         TokenLogprob(logp, entropy, lse), each of target's shape, in nats, float32 (float64 for
-        float64 logits), all three differentiable once. Sums run in float32 in a fixed order:
-        the same row gives the same bits whatever else is in the batch.
+        float64 logits), all three differentiable once. Sums run in float32 in an order that
+        follows from where a row begins after a 16-byte boundary: a row that begins at one gives
+        the same bits whatever else is in the batch.
 
     Raises:
         ValueError: a wrong shape, dtype, device or temperature; a target out of range at a

@@ -8,6 +8,7 @@ import torch
 from helpers import DEVICE, oracle
 from helpers.interpreter import narrow, widen
 from helpers.judge import assert_gradient_no_worse_than_eager, assert_no_worse_than_eager
+from triton.runtime.errors import InterpreterError
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter runs where no GPU is")
 
@@ -51,6 +52,11 @@ if DEVICE == "cpu":
         tl.store(Y + lane, tl.load(X + lane) * scale.to(tl.float64))
 
     @triton.jit
+    def promise_kernel(X, Y, N: tl.constexpr):
+        lane = tl.arange(0, N)
+        tl.store(tl.multiple_of(Y, 16) + lane, tl.load(X + lane))
+
+    @triton.jit
     def overrun_kernel(X, Y, N: tl.constexpr):
         lane = tl.arange(0, N)
         x = tl.load(X + lane) + tl.load(X + lane)
@@ -76,6 +82,16 @@ def test_interpreted_bf16_arithmetic_is_torchs():
     y = torch.empty_like(x)
     square_and_add_kernel[(1,)](x, y, N=1024)
     assert torch.equal(y, torch.where(x > 0, x * x + x, -x))
+
+
+@interpreted
+def test_a_false_promise_of_an_address_at_a_16_byte_boundary_is_found():
+    x, y = torch.randn(16), torch.zeros(20)
+    assert y.data_ptr() % 16 == 0
+    promise_kernel[(1,)](x, y[4:], N=16)
+    assert torch.equal(y[4:], x)
+    with pytest.raises(InterpreterError, match="promised a multiple of 16"):
+        promise_kernel[(1,)](x, y[3:], N=16)
 
 
 @interpreted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import oracle
@@ -194,6 +196,23 @@ def test_the_same_row_gives_the_same_bits_in_any_batch(device, backend):
     for rows in (slice(0, n), slice(0, 1), slice(5, 6), slice(3, n)):
         for a, b in zip(bits(rows), whole, strict=True):
             assert torch.equal(a, b[rows])
+
+
+def test_a_row_at_a_16_byte_boundary_has_the_same_bits_alone(device, backend):
+    """A copy of one row at an address of its own; elsewhere tiles begin at other columns."""
+    n, v = 5, 1008
+    inputs = policy_inputs(flat(n, v, torch.bfloat16), *ALL, num_items=n, **EVERYTHING)
+    out, dz = run(inputs, device, backend)
+    for row in range(n):
+        one = slice(row, row + 1)
+        alone = replace(inputs, logits=inputs.logits[one].clone())
+        alone.target, alone.advantage = inputs.target[one], inputs.advantage[one]
+        alone.options = {
+            k: x[one] if isinstance(x, Tensor) else x for k, x in inputs.options.items()
+        }
+        other, other_dz = run(alone, device, backend)
+        for a, b in zip((*other[1:], other_dz), (*out[1:], dz), strict=True):
+            assert torch.equal(a, b[one])
 
 
 def test_a_target_out_of_range_shows(device, backend):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import DEVICE
 from helpers.cases import LAYOUTS, batch, flat, policy_inputs, random_target
@@ -16,6 +17,19 @@ EVERYTHING = {"beta": 0.1, "entropy_coef": 0.02, "temperature": 1.3, "delta": 1.
 CLIP_HIGHER = {"epsilon": 0.1, "epsilon_high": 0.3}
 
 
+def as_operator(check: Callable[[], None]) -> Callable[[], None]:
+    """The check under a dispatch mode, where the registered operator serves the call.
+
+    Its gradient is contiguous, whatever the logits' strides are.
+    """
+
+    def run() -> None:
+        with FlopCounterMode(display=False):
+            check()
+
+    return run
+
+
 def token_logprob_checks(op: Callable, backend: str) -> Iterator[Callable[[], None]]:
     def check(logits: torch.Tensor, target: torch.Tensor | None = None, **options):
         target = random_target(logits) if target is None else target
@@ -23,6 +37,7 @@ def token_logprob_checks(op: Callable, backend: str) -> Iterator[Callable[[], No
             check_token_logprob, op, logits, target, device=DEVICE, backend=backend, **options
         )
 
+    yield as_operator(check(LAYOUTS["padded_vocabulary"](torch.float32)))
     for entropy in (True, False):
         yield check(flat(4, 130, torch.float32), temperature=0.7, entropy=entropy)
         yield check(flat(2, 9001, torch.float32), temperature=1.3, entropy=entropy)
@@ -43,6 +58,7 @@ def policy_loss_checks(op: Callable, backend: str) -> Iterator[Callable[[], None
             check_policy_loss, op, inputs, device=DEVICE, backend=backend, upstream=upstream
         )
 
+    yield as_operator(check(LAYOUTS["padded_vocabulary"](torch.float32), "old_logp"))
     yield check(flat(32, 130, torch.float32), *ALL, **EVERYTHING, **CLIP_HIGHER)
     yield check(flat(32, 130, torch.float32), "old_logp", "ref_logp", beta=0.1, kl_estimator="k1")
     yield check(flat(4, 130, torch.float32), "ref_logp", beta=0.5, kl_estimator="k2")

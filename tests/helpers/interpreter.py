@@ -2,7 +2,8 @@
 
 The interpreter keeps bfloat16 as raw bits: it truncates when it casts to it and adds the bits when
 told to add. Here casts round to nearest even, and arithmetic is done in float32 and rounded.
-Float arguments, which it leaves Python floats, become float32 scalars.
+Float arguments, which it leaves Python floats, become float32 scalars. It believes a promise that
+an address is a multiple of so many bytes, of which a GPU makes wide loads: here it is looked at.
 """
 
 from __future__ import annotations
@@ -86,6 +87,16 @@ def mend_interpreter() -> None:
             value = np.array([argument], dtype=np.float32)
         return tl.tensor(handle(value, tl.float32), tl.float32)
 
+    set_attr = handle.set_attr
+
+    def looked_at(self, name, values):
+        if name == "tt.divisibility" and self.data.size == 1:
+            divisor = int(np.ravel([getattr(values, "value", values)])[0])
+            address = int(self.data.item())
+            assert address % divisor == 0, f"promised a multiple of {divisor}, got {address}"
+        return set_attr(self, name, values)
+
+    handle.set_attr = looked_at
     interpreter._implicit_cvt = pinned_to_float32
     builder.cast_impl = rounding_cast
     builder.create_fp_to_fp = rounding_fp_to_fp

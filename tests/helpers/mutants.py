@@ -19,6 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+from triton.runtime.errors import InterpreterError
+
+# how a check refuses: by its own assertion, or by one that the interpreter makes inside a kernel
+REFUSALS = (AssertionError, InterpreterError)
 TESTS = Path(__file__).resolve().parents[1]
 KERNELS = TESTS.parent / "kernels"
 PREFIX = "mutated_kernels_"
