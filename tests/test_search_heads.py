@@ -105,7 +105,7 @@ class Case:
         z, true_s = self.logits(true_leaves, torch.float64)
         truth, true_values = naive(z, torch.float64)
         steep = max(self.head["logit_scale"], 1.0) / min(self.temperature, 1.0)
-        size = max(size, steep * true_s.detach().abs().max().item())
+        size = max(1.0, size, steep * true_s.detach().abs().max().item())
         for i, three in enumerate(zip(values, eager_values, true_values, strict=True)):
             if three[0] is not None:
                 judged = {"eps": eps * size, "scale": 1.0}
@@ -116,13 +116,14 @@ class Case:
         if not totals[2].requires_grad:
             return
         totals[2].backward(retain_graph=True)
-        terms = self.terms(true_s.grad)
+        # of less, as of a vocabulary of 1, the truth itself is rounding
+        terms = [max(size_of_terms, 1e-12) for size_of_terms in self.terms(true_s.grad)]
         for i, need in enumerate(self.needs):
             if not need:
                 continue
             (want,) = torch.autograd.grad(totals[2], true_leaves[i], retain_graph=True)
             # as a loss scaler does: float16 leaves would round small gradients to 0
-            scale = 2.0 ** -math.floor(math.log2(terms[i])) if terms[i] > 0 else 1.0
+            scale = 2.0 ** -math.floor(math.log2(terms[i]))
             gradients = [
                 torch.autograd.grad(total * scale, leaf, retain_graph=True)[0]
                 for total, leaf in ((totals[0], mine[i]), (totals[1], eager_leaves[i]))
@@ -295,11 +296,16 @@ def test_linear_categorical_kl_is_the_oracles(case, other_size, data):
 
     def naive(logits, dtype):
         kl = categorical_kl(
-            logits, q_logits.to(dtype), temperature=case.temperature, mask=case.mask
+            logits, q_logits.to(logits.dtype), temperature=case.temperature, mask=case.mask
         )
         return kl, [kl]
 
-    case.judge(run, naive, upstream, q_logits.abs().max().item() / case.temperature)
+    with torch.no_grad():
+        least = naive(case.logits(case.leaves(torch.float64), torch.float64)[0], None)[0]
+    # log p - log q is about the root of the KL, and what is left of two logits
+    left = least[case.mask].clamp(1e-16, 1).min().sqrt().item() if case.mask.any() else 1.0
+    logit = 3 + q_logits.abs().max().item() / case.temperature
+    case.judge(run, naive, upstream, logit / left)
 
 
 def test_the_judge_of_the_search_refuses_a_gradient_that_lost_a_token():
