@@ -103,10 +103,10 @@ def publish(staging: Path, directory: Path) -> None:
 def fingerprints(directory: Path) -> dict[str, dict[str, int | str]]:
     """{name: {"bytes", "sha256"}} of all files below `directory`, flushed to the disk meanwhile."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(_THREADS) as processor:
         # the disk writes while the processor computes
-        flushed = [pool.submit(_flush, path) for path in paths]
-        sums = list(pool.map(sha256, paths))
+        flushed = [disk.submit(_flush, path) for path in paths]
+        sums = list(processor.map(sha256, paths))
         for each in flushed:
             each.result()
     return {
