@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from helpers.runs import sft_config
 from helpers.tiny import tiny_tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -31,6 +33,7 @@ from rlcore.checkpoint import (
     save_model,
 )
 from rlcore.errors import UserError
+from rlcore.trainers.sft import train_sft
 from rlcore.unpickling import data_alone
 
 
@@ -467,6 +470,23 @@ def comparable(path: Path) -> list[dict]:
     clocks = {"step_time", "tokens_per_second"}
     rows = (json.loads(line) for line in path.read_text().splitlines())
     return [{name: row[name] for name in row.keys() - clocks} for row in rows]
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint_says_so_and_ends_the_same(tmp_path, capfd):
+    config = sft_config(tmp_path, max_steps=3, save_steps=1)
+    train_sft(config)
+    run = tmp_path / "run"
+    whole = (run / "model.safetensors").read_bytes()
+    flip(run / "checkpoint-3" / "optimizer.bin", 100)
+    flip(run / "checkpoint-2" / "model.safetensors", 5000)
+    train_sft(dataclasses.replace(config, resume=True, save_total_limit=1))
+    shown = " ".join(capfd.readouterr().err.split())
+    for number in (2, 3):
+        assert f"checkpoint-{number} is damaged (" in shown
+    assert "going on from checkpoint-1" in shown
+    assert (run / "model.safetensors").read_bytes() == whole
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert newest_intact([run]) == (run / "checkpoint-3", [])
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
