@@ -230,7 +230,8 @@ def _set_aside(directory: Path) -> Path | None:
         for path in (*filter(Path.exists, [replaced]), *_written(directory)):
             if path.name == METRICS_FILE:
                 # the caller's tracker may have it open
-                shutil.copy2(path, half)
+                partial = Path(shutil.copy2(path, half / "metrics.partial"))
+                partial.rename(half / METRICS_FILE)
                 path.write_text("")
             else:
                 path.rename(half / path.name)
@@ -249,6 +250,7 @@ def _put_back(directory: Path) -> None:
             return
         _clear(directory)
         replaced.rename(half)
+    (half / "metrics.partial").unlink(missing_ok=True)  # the original is still there
     for path in sorted(half.iterdir(), key=lambda path: path.name != RECORD_FILE):
         path.rename(directory / path.name)
     half.rmdir()

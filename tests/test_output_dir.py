@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import content, grpo_config, killed, sft_config, write_rows
 
+from rlcore import checkpoint
 from rlcore.checkpoint import checkpoints
 from rlcore.cli import main
 from rlcore.errors import UserError
@@ -33,8 +34,7 @@ def make_run(directory: Path) -> dict[str, bytes]:
         (directory / "training.yaml").write_text("model: a\n")
         (directory / "checkpoint-1").mkdir()
         (directory / "checkpoint-1" / "model.safetensors").write_text("half way")
-        manifest = '{"step": 1, "num_processes": 1, "files": {"model.safetensors": 8}}'
-        (directory / "checkpoint-1" / "manifest.json").write_text(manifest)
+        checkpoint._write_manifest(directory / "checkpoint-1", step=1, num_processes=1)
         note_written(directory, ["model.safetensors", "config.json"])
         (directory / "model.safetensors").write_text("the model")
         (directory / "config.json").write_text("{}")
