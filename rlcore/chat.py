@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlcore.errors import UserError
+from rlcore.errors import UserError, reason_of
 
 
 def prompt_text(tokenizer: Any, prompt: str | list[dict]) -> str:
@@ -26,7 +26,7 @@ def prompt_text(tokenizer: Any, prompt: str | list[dict]) -> str:
             return rendered(tokenizer, prompt, continue_final_message=True)
         reason = "it calls a tool"
     except ValueError as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
     raise UserError(
         "a prompt ends with an assistant message that cannot be gone on from: end it with the "
         f"message before, or give plain text ({reason})"

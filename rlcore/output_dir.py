@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -42,7 +43,9 @@ def check_output_dir(
         raise UserError("resume and overwrite_output_dir exclude each other: go on, or replace")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output directory {directory} is a file")
-    check_unlocked(directory)
+    # a slower process of the same run would meet the lock that its first one holds by now
+    if os.environ.get("RANK", "0") == "0":
+        check_unlocked(directory)
     _check_free(directory, overwrite, resume)
 
 
