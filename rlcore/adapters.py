@@ -229,6 +229,8 @@ def checkpoint_adapters_alone(accelerator: Any) -> None:
     """From now on the accelerator's checkpoints hold a model's adapter, not its frozen weights."""
 
     def save(models: list[Any], weights: list[Any], directory: str) -> None:
+        if not weights:  # sharded: accelerate has written every process's part, base and adapter
+            return
         for index in _adapted(accelerator, models):
             if accelerator.is_main_process:
                 accelerator.unwrap_model(models[index]).save_pretrained(directory)

@@ -39,15 +39,22 @@ from rlcore.unpickling import data_alone
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def save_model(model: Any, tokenizer: Any, directory: str | Path) -> Path:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    directory: str | Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Path:
     """Write `model` (safetensors) and `tokenizer` (or None) as a directory that transformers loads.
+
+    `weights` are its whole ones, where it holds only shards of them itself.
 
     Where `directory` exists already, its config.json goes first and comes back last, so that it
     never looks like a model while it is half one.
     """
     directory = Path(directory)
     with staged(directory) as staging:
-        model.save_pretrained(staging, safe_serialization=True)
+        model.save_pretrained(staging, state_dict=weights, safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         note_written(directory, (path.name for path in staging.iterdir()))

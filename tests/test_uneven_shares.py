@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.ranks import launch_two
-from helpers.uneven_shares import HELD_OUT, every_run, write_data
+from helpers.uneven_shares import HELD_OUT, assert_same_step, every_run, write_data
+
+from rlcore.models import load_policy
 
 RUNS = [
     *(f"{name}{n}" for n in HELD_OUT for name in ("sft", "dpo", "precomputed", "reward_model")),
@@ -18,10 +20,11 @@ SAME_ROWS = [name for name in RUNS if name.startswith(("sft", "dpo", "precompute
 
 @pytest.fixture(scope="module")
 def two_and_one(tmp_path_factory):
-    """What both processes ended with, and what one process alone does."""
+    """What both processes ended with, what one process alone does, and the weights before."""
     directory = tmp_path_factory.mktemp("uneven")
     write_data(directory)
-    return launch_two("uneven_shares.py", directory), every_run(directory, 1)
+    start = load_policy(str(directory / "model")).state_dict()
+    return launch_two("uneven_shares.py", directory), every_run(directory, 1), start
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -32,9 +35,8 @@ def test_both_processes_end_with_the_same_weights(two_and_one, name):
 
 @pytest.mark.parametrize("name", SAME_ROWS)
 def test_two_processes_measure_and_train_what_one_does(two_and_one, name):
-    ranks, alone = two_and_one
-    for key, value in alone[name]["weights"].items():
-        torch.testing.assert_close(ranks[0][name]["weights"][key], value, rtol=0, atol=1e-5)
+    ranks, alone, start = two_and_one
+    assert_same_step(ranks[0][name]["weights"], alone[name]["weights"], start)
     measured = {
         key: value for key, value in alone[name]["metrics"].items() if key.startswith("eval/")
     }
@@ -45,7 +47,7 @@ def test_two_processes_measure_and_train_what_one_does(two_and_one, name):
 
 
 def test_a_process_without_a_pair_of_its_own_takes_the_others_step(two_and_one):
-    (one, two), _ = two_and_one
+    (one, two), _, _ = two_and_one
     # the second process's completions are all worth the same
     assert one["online"]["metrics"]["frac_pairs"] == two["online"]["metrics"]["frac_pairs"] == 0.5
     assert (

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from rlcore import checkpoint, output_dir
 from rlcore.adapters import add_lora, checkpoint_adapters_alone
@@ -353,6 +354,10 @@ def set_learning_rate(run: Run, step: int) -> float:
 def clip_gradients(run: Run) -> float:
     """Scale the gradients down to the norm max_grad_norm; returns the norm that they had."""
     limit = run.config.max_grad_norm or math.inf
+    if isinstance(run.policy, FSDPModule):
+        # accelerate looks for the model by comparing its parameters, which fails beside another's
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+        return float(norm.full_tensor())
     return float(run.accelerator.clip_grad_norm_(run.model.parameters(), limit))
 
 
@@ -412,6 +417,14 @@ def _stopped(run: Run, number: int, step: int, directory: Path | None = None) ->
     return TrainingStopped(signal.Signals(number).name, step, run.config.output_dir, directory)
 
 
+def whole_weights(run: Run) -> dict[str, torch.Tensor] | None:
+    """A sharded model's weights brought together on the main process; None where it has them all.
+
+    Every process calls it, and gives its shards.
+    """
+    return run.accelerator.get_state_dict(run.model) if run.is_sharded else None
+
+
 def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None) -> Result:
     """Save the model into output_dir and say how the run ended.
 
@@ -424,8 +437,9 @@ def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None)
     if beside is not None:
         beside(Path(run.config.output_dir))
     run.accelerator.wait_for_everyone()
+    weights = whole_weights(run)
     if run.accelerator.is_main_process:
         with no_progress_bars():
-            checkpoint.save_model(run.policy, run.tokenizer, run.config.output_dir)
+            checkpoint.save_model(run.policy, run.tokenizer, run.config.output_dir, weights)
     run.accelerator.wait_for_everyone()
     return Result(Path(run.config.output_dir), run.total_steps, log.last, run.policy)

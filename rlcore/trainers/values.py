@@ -22,6 +22,7 @@ from rlcore.trainers.common import (
     make_optimizer,
     optimizer_step,
     set_learning_rate,
+    whole_weights,
 )
 from rlcore.trainers.divergence import require_finite
 from rlcore.trainers.experience import Experience
@@ -59,18 +60,21 @@ class Critic:
         )
 
     def save(self, directory: str | Path) -> None:
-        """Write it into the run's output directory."""
+        """Write it into the run's output directory; every process calls it."""
+        weights = whole_weights(self.run)
         if not self.run.accelerator.is_main_process:
             return
         if self.is_shared:
             from safetensors.torch import save_file
 
             with staged_file(Path(directory) / VALUE_HEAD) as path:
-                save_file(self.run.policy.state_dict(), path)
-        else:
+                save_file(weights or self.run.policy.state_dict(), path)
+            return
+        if weights is not None:
+            weights = {name.removeprefix("classifier."): w for name, w in weights.items()}
+        with no_progress_bars():
             classifier, place = self.run.policy.classifier, Path(directory) / VALUE_MODEL
-            with no_progress_bars():
-                save_model(classifier, self.run.tokenizer, place)
+            save_model(classifier, self.run.tokenizer, place, weights)
 
 
 def load_critic(config: ValueConfig, policy: Any, tokenizer: Any) -> Critic:

@@ -61,21 +61,34 @@ def write_data(directory: Path) -> None:
         (directory / f"rows{count}.jsonl").write_text("\n".join(lines))
 
 
+def assert_same_step(found: dict, expected: dict, start: dict) -> None:
+    """The weights differ by little of the way that they went: Adam's first step is a sign."""
+    assert found.keys() == expected.keys()
+    off = sum((found[name] - expected[name]).square().sum() for name in expected)
+    way = sum((expected[name] - start[name]).square().sum() for name in expected if name in start)
+    assert way > 0 and off < 1e-4 * way, f"{(off / way).sqrt():.1e} of the way off"
+
+
+def options_of(directory: Path, name: str, held_out: int, **changes: Any) -> dict[str, Any]:
+    """Of a run of one short step, evaluated on so many rows."""
+    return {
+        "model": str(directory / "model"),
+        "dataset": str(directory / f"rows{len(PROMPTS)}.jsonl"),
+        "eval_dataset": str(directory / f"rows{held_out}.jsonl"),
+        "output_dir": str(directory / name),
+        "per_device_train_batch_size": 1,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+    } | changes
+
+
 def every_run(directory: Path, processes: int) -> dict[str, dict[str, Any]]:
     """{run: weights, and metrics of the last step}, of the same rows a step."""
     accumulated = 2 // processes
 
     def options(name: str, held_out: int, **changes: Any) -> dict[str, Any]:
-        return {
-            "model": str(directory / "model"),
-            "dataset": str(directory / f"rows{len(PROMPTS)}.jsonl"),
-            "eval_dataset": str(directory / f"rows{held_out}.jsonl"),
-            "output_dir": str(directory / f"{name}{held_out}-of-{processes}"),
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": accumulated,
-            "max_steps": 1,
-            "learning_rate": 1e-3,
-        } | changes
+        changes = {"gradient_accumulation_steps": accumulated} | changes
+        return options_of(directory, f"{name}{held_out}-of-{processes}", held_out, **changes)
 
     online = {
         "online": True,
