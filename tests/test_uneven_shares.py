@@ -33,6 +33,11 @@ def test_both_processes_end_with_the_same_weights(two_and_one, name):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_no_process_ends_before_the_model_is_saved(two_and_one, name):
+    assert all(rank[name]["saved"] for rank in two_and_one[0])
+
+
 @pytest.mark.parametrize("name", SAME_ROWS)
 def test_two_processes_measure_and_train_what_one_does(two_and_one, name):
     ranks, alone, start = two_and_one

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers.tiny import PROMPTS, save_tiny
+from rlcore import checkpoint
 from rlcore.trainers import (
     DPOConfig,
     GRPOConfig,
@@ -33,6 +36,7 @@ from rlcore.trainers import (
     train_sft,
     train_trpo,
 )
+from rlcore.trainers.common import Result
 
 HELD_OUT = (1, 3)  # rows: one process has none; one has a batch more
 SAMPLING = {
@@ -97,35 +101,41 @@ def every_run(directory: Path, processes: int) -> dict[str, dict[str, Any]]:
         **SAMPLING,
     }
     two = {"gradient_accumulation_steps": 2 * accumulated}
-    runs = {}
+    runs: dict[str, dict[str, Any]] = {}
+
+    def train(name: str, trainer: Callable[[Any], Result], config: Any) -> None:
+        result = trainer(config)
+        saved = (result.output_dir / "model.safetensors").exists()
+        weights = result.model.state_dict()
+        runs[name] = {"weights": weights, "metrics": result.metrics, "saved": saved}
+
     for held_out in HELD_OUT:
-        runs |= {
-            f"sft{held_out}": train_sft(SFTConfig(**options("sft", held_out))),
-            f"dpo{held_out}": train_dpo(DPOConfig(**options("dpo", held_out))),
-            f"precomputed{held_out}": train_dpo(
-                DPOConfig(**options("precomputed", held_out, precompute_ref_log_probs=True))
-            ),
-            f"reward_model{held_out}": train_reward_model(
-                RewardModelConfig(**options("reward_model", held_out))
-            ),
-            f"grpo{held_out}": train_grpo(
-                GRPOConfig(**options("grpo", held_out, **SAMPLING, **two))
-            ),
-        }
-    runs["online"] = train_dpo(DPOConfig(**options("online", 1, **online)))
-    runs["pg"] = train_pg(PGConfig(**options("pg", 1, **SAMPLING, **two)))
+        for name, trainer, config, changes in (
+            ("sft", train_sft, SFTConfig, {}),
+            ("dpo", train_dpo, DPOConfig, {}),
+            ("precomputed", train_dpo, DPOConfig, {"precompute_ref_log_probs": True}),
+            ("reward_model", train_reward_model, RewardModelConfig, {}),
+            ("grpo", train_grpo, GRPOConfig, SAMPLING | two),
+        ):
+            train(f"{name}{held_out}", trainer, config(**options(name, held_out, **changes)))
+    train("online", train_dpo, DPOConfig(**options("online", 1, **online)))
+    train("pg", train_pg, PGConfig(**options("pg", 1, **SAMPLING, **two)))
     trpo = options("trpo", 1, **SAMPLING, **two)
     del trpo["learning_rate"]  # delta says how far it goes
-    runs["trpo"] = train_trpo(TRPOConfig(**trpo))
-    runs["ppo"] = train_ppo(PPOConfig(**options("ppo", 1, **SAMPLING, **two, **SHARED_CRITIC)))
-    return {
-        name: {"weights": result.model.state_dict(), "metrics": result.metrics}
-        for name, result in runs.items()
-    }
+    train("trpo", train_trpo, TRPOConfig(**trpo))
+    train("ppo", train_ppo, PPOConfig(**options("ppo", 1, **SAMPLING, **two, **SHARED_CRITIC)))
+    return runs
 
 
 def main() -> None:
     directory, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    save_model = checkpoint.save_model
+
+    def save_slowly(*args: Any) -> Path:
+        time.sleep(0.2)  # long enough for a process that does not wait to be seen
+        return save_model(*args)
+
+    checkpoint.save_model = save_slowly
     torch.save(every_run(directory, 2), directory / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
