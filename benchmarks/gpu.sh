@@ -94,7 +94,7 @@ finish_bench() {
     bench "${sets[@]}" --output "$json" --resume --limit-seconds $(($(left) - 40)) || status=1
     "$PYTHON" -c "
 import sys
-from rlcore.bench.results import load
+from rlcore.bench.results.results import load
 sys.exit(not load(sys.argv[1]).finished)" "$json" || return
     echo bench >>"$progress"
     "$PYTHON" -m rlcore bench report "$json" || echo "no report: matplotlib is missing"

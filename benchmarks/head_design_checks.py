@@ -14,11 +14,11 @@ import epilogue_kernel
 import torch
 from head_designs import DESIGNS, DIRECTIONS
 
-from rlcore.bench import compile_gate, launches, sass
 from rlcore.bench.cases import head
 from rlcore.bench.checking import Truth, call, with_leaves
 from rlcore.bench.operations import OPERATIONS
-from rlcore.bench.traffic import count_memory
+from rlcore.bench.static import compile_gate, launches, sass
+from rlcore.bench.static.traffic import count_memory
 
 
 def compiled() -> list[dict]:

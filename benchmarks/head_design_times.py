@@ -19,11 +19,11 @@ from head_designs import DESIGNS, DIRECTIONS, loss_and_gradients, with_old_lse
 import rlcore as rl
 from rlcore.bench import timing
 from rlcore.bench.cases import Case, head
-from rlcore.bench.head_contestants import HEAD_CONTESTANTS
+from rlcore.bench.contestants.head import HEAD_CONTESTANTS
 from rlcore.bench.operations import EPSILON, OPERATIONS, Inputs
 from rlcore.bench.run import BenchConfig, run_bench
-from rlcore.kernels import linear_passes
-from rlcore.kernels.linear_products import Products
+from rlcore.kernels.head import token_passes as linear_passes
+from rlcore.kernels.head.products import Products
 
 NAMES = {"linear_policy_loss": "over old lse", "linear_token_logprob": "statistics in the product"}
 SHAPES = [(896, 151936), (2048, 128256), (4096, 151936)]  # H, V

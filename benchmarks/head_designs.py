@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import rlcore as rl
-from rlcore.bench.contestants import Contestant
+from rlcore.bench.contestants.rows import Contestant
 from rlcore.bench.operations import EPSILON, Inputs
 from rlcore.kernels.backend import INTERPRETED
-from rlcore.kernels.linear_products import Products
+from rlcore.kernels.head.products import Products
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 768 << 20}
 SLICE = 2048  # columns of the vocabulary, on a CPU

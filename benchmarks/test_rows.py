@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlcore.bench import memory, run, tables
+from rlcore.bench import memory, run
 from rlcore.bench.cases import rows
 from rlcore.bench.floors import Floors
+from rlcore.bench.results import tables
 
 pytest.importorskip("trl", reason="pip install -e '.[bench]'")
 

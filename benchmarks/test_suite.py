@@ -10,7 +10,7 @@ import torch
 
 from rlcore.bench.cases import head, quick, rows
 from rlcore.bench.checking import TOLERANCES, Truth, call, with_leaves
-from rlcore.bench.contestants import contestants
+from rlcore.bench.contestants.rows import contestants
 from rlcore.bench.operations import OPERATIONS
 
 CPU = torch.device("cpu")

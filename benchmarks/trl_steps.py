@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from rlcore.bench.cases import Case
+from rlcore.bench.contestants.steps import Step, make_experience, trl_step, write_model
 from rlcore.bench.memory import reset_resident_peak, resident_peak
-from rlcore.bench.steps import Step, make_experience, trl_step, write_model
 from rlcore.integrations import trl as rl_trl
 
 CASE = Case("grpo_step", "both", "float32", V=32000, H=256, B=8, T=256)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlcore as rl
-from rlcore.tasks.arithmetic import make_task
+from rlcore.demo.arithmetic import make_task
 
 PROMPTS = ["Ben has 9 pears", "7", "Ana", "8 coins"]
 STEPS, GROUP, LENGTH = 30, 8, 16

@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from rlcore.demo.arithmetic import make_task
 from rlcore.integrations import trl as rl_trl
-from rlcore.tasks.arithmetic import make_task
 
 STEPS = 10
 

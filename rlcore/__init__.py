@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .advantages import group_advantage, leave_one_out_advantage, whiten
-    from .controllers import ppo_kl_coef, proportional_kl_coef
-    from .corrections import clip_cov_weight, importance_weights, kl_cov_mask
+    from .functional.advantages import group_advantage, leave_one_out_advantage, whiten
+    from .functional.corrections import clip_cov_weight, importance_weights, kl_cov_mask
+    from .functional.kl_control import ppo_kl_coef, proportional_kl_coef
+    from .functional.losses import pairwise_reward_loss, token_kl, value_loss
+    from .functional.trust_region import CGResult, LineSearch, conjugate_gradient, line_search
     from .kernels.backend import use_backend
-    from .kernels.categorical import categorical_kl
-    from .kernels.fisher import fisher_vector_product
-    from .kernels.linear_categorical import linear_categorical_kl
-    from .kernels.linear_head import linear_policy_loss, linear_token_logprob, plan_linear
-    from .kernels.linear_plan import LinearPlan
-    from .kernels.linear_preference import linear_preference_loss
-    from .kernels.policy_loss import PolicyLoss, policy_loss
-    from .kernels.preference_loss import PreferenceLoss, kto_loss, preference_loss
-    from .kernels.scan import (
+    from .kernels.formulas.registration import register_surrogate
+    from .kernels.head.kl import linear_categorical_kl
+    from .kernels.head.pairs import linear_preference_loss
+    from .kernels.head.plan import LinearPlan
+    from .kernels.head.tokens import linear_policy_loss, linear_token_logprob, plan_linear
+    from .kernels.pairs.preference_loss import PreferenceLoss, kto_loss, preference_loss
+    from .kernels.rows.categorical_kl import categorical_kl
+    from .kernels.rows.fisher import fisher_vector_product
+    from .kernels.rows.policy_loss import PolicyLoss, policy_loss
+    from .kernels.rows.token_logprob import TokenLogprob, token_logprob
+    from .kernels.scans.scan import (
         GAE,
         GAEFromScores,
         discounted_return,
@@ -32,53 +36,49 @@ if TYPE_CHECKING:
         gae_from_scores,
         shaped_reward,
     )
-    from .kernels.surrogate_registration import register_surrogate
-    from .kernels.token_logprob import TokenLogprob, token_logprob
-    from .losses import pairwise_reward_loss, token_kl, value_loss
-    from .model_head import ModelHead, fused_head
-    from .trust_region import CGResult, LineSearch, conjugate_gradient, line_search
+    from .models.fused_head import ModelHead, fused_head
 
 _HOMES = {
-    "CGResult": "trust_region",
-    "GAE": "kernels.scan",
-    "GAEFromScores": "kernels.scan",
-    "LineSearch": "trust_region",
-    "LinearPlan": "kernels.linear_plan",
-    "ModelHead": "model_head",
-    "PolicyLoss": "kernels.policy_loss",
-    "PreferenceLoss": "kernels.preference_loss",
-    "TokenLogprob": "kernels.token_logprob",
-    "categorical_kl": "kernels.categorical",
-    "clip_cov_weight": "corrections",
-    "conjugate_gradient": "trust_region",
-    "discounted_return": "kernels.scan",
-    "fisher_vector_product": "kernels.fisher",
-    "fused_head": "model_head",
-    "gae": "kernels.scan",
-    "gae_from_scores": "kernels.scan",
-    "group_advantage": "advantages",
-    "importance_weights": "corrections",
-    "kl_cov_mask": "corrections",
-    "kto_loss": "kernels.preference_loss",
-    "leave_one_out_advantage": "advantages",
-    "line_search": "trust_region",
-    "linear_categorical_kl": "kernels.linear_categorical",
-    "linear_policy_loss": "kernels.linear_head",
-    "linear_preference_loss": "kernels.linear_preference",
-    "linear_token_logprob": "kernels.linear_head",
-    "pairwise_reward_loss": "losses",
-    "plan_linear": "kernels.linear_head",
-    "policy_loss": "kernels.policy_loss",
-    "ppo_kl_coef": "controllers",
-    "preference_loss": "kernels.preference_loss",
-    "proportional_kl_coef": "controllers",
-    "register_surrogate": "kernels.surrogate_registration",
-    "shaped_reward": "kernels.scan",
-    "token_kl": "losses",
-    "token_logprob": "kernels.token_logprob",
+    "CGResult": "functional.trust_region",
+    "GAE": "kernels.scans.scan",
+    "GAEFromScores": "kernels.scans.scan",
+    "LineSearch": "functional.trust_region",
+    "LinearPlan": "kernels.head.plan",
+    "ModelHead": "models.fused_head",
+    "PolicyLoss": "kernels.rows.policy_loss",
+    "PreferenceLoss": "kernels.pairs.preference_loss",
+    "TokenLogprob": "kernels.rows.token_logprob",
+    "categorical_kl": "kernels.rows.categorical_kl",
+    "clip_cov_weight": "functional.corrections",
+    "conjugate_gradient": "functional.trust_region",
+    "discounted_return": "kernels.scans.scan",
+    "fisher_vector_product": "kernels.rows.fisher",
+    "fused_head": "models.fused_head",
+    "gae": "kernels.scans.scan",
+    "gae_from_scores": "kernels.scans.scan",
+    "group_advantage": "functional.advantages",
+    "importance_weights": "functional.corrections",
+    "kl_cov_mask": "functional.corrections",
+    "kto_loss": "kernels.pairs.preference_loss",
+    "leave_one_out_advantage": "functional.advantages",
+    "line_search": "functional.trust_region",
+    "linear_categorical_kl": "kernels.head.kl",
+    "linear_policy_loss": "kernels.head.tokens",
+    "linear_preference_loss": "kernels.head.pairs",
+    "linear_token_logprob": "kernels.head.tokens",
+    "pairwise_reward_loss": "functional.losses",
+    "plan_linear": "kernels.head.tokens",
+    "policy_loss": "kernels.rows.policy_loss",
+    "ppo_kl_coef": "functional.kl_control",
+    "preference_loss": "kernels.pairs.preference_loss",
+    "proportional_kl_coef": "functional.kl_control",
+    "register_surrogate": "kernels.formulas.registration",
+    "shaped_reward": "kernels.scans.scan",
+    "token_kl": "functional.losses",
+    "token_logprob": "kernels.rows.token_logprob",
     "use_backend": "kernels.backend",
-    "value_loss": "losses",
-    "whiten": "advantages",
+    "value_loss": "functional.losses",
+    "whiten": "functional.advantages",
 }
 
 __all__ = ["__version__", *_HOMES]

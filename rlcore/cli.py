@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 import rlcore
-from rlcore.config import flag_name, load_config
 from rlcore.errors import TrainingDiverged, TrainingStopped, UserError, unknown_name
-from rlcore.options import Option, options
+from rlcore.runs.config import flag_name, load_config
+from rlcore.runs.options import Option, options
 
 USAGE_STATUS = 2
 DIVERGED_STATUS = 1
@@ -90,7 +90,7 @@ COMMANDS = {
         "add an adapter into the model it was trained on",
     ),
     "demo": Command(
-        "rlcore.demo",
+        "rlcore.demo.demo",
         "DemoConfig",
         "demo",
         "train a small model on made-up word problems, here and now, with nothing to download",
@@ -103,27 +103,27 @@ COMMANDS = {
         positional=("cases",),
     ),
     "bench report": Command(
-        "rlcore.bench.report",
+        "rlcore.bench.results.report",
         "ReportConfig",
         "report",
         "results of `rlcore bench` as Markdown, plots and one HTML page",
         positional=("results",),
     ),
     "bench compare": Command(
-        "rlcore.bench.compare",
+        "rlcore.bench.results.compare",
         "CompareConfig",
         "compare",
         "what got slower, larger or wrong between two results; exit status 1 where something did",
         positional=("before", "after"),
     ),
     "bench static": Command(
-        "rlcore.bench.static",
+        "rlcore.bench.static.static",
         "StaticConfig",
         "static",
         "registers, spills, load widths, bytes and recompilations of the kernels, with no GPU",
     ),
     "doctor": Command(
-        "rlcore.doctor",
+        "rlcore.bench.doctor",
         "DoctorConfig",
         "doctor",
         "what hardware serves here, known-bad versions, and a check of every kernel in seconds",
@@ -163,7 +163,7 @@ def _run(arguments: list[str]) -> int:
     yaml_path, flags = _take_config(flags)
     config = load_config(config_class, yaml_path, _name_positionals(command, flags))
     if yaml_path is not None and getattr(config, "overwrite_output_dir", False):
-        from rlcore.output_dir import check_apart
+        from rlcore.runs.output_dir import check_apart
 
         check_apart(config.output_dir, {"config": yaml_path})
     _quiet_transformers()
@@ -190,7 +190,7 @@ def _way_on(config: Any) -> str:
     """How to go on with a run that was stopped, where there is something to go on from."""
     if not hasattr(config, "resume") or not hasattr(config, "output_dir"):
         return ""
-    from rlcore.output_dir import last_resumable
+    from rlcore.runs.output_dir import last_resumable
 
     last = last_resumable(config.output_dir)
     if last is None:

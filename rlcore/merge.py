@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlcore.adapters import ADAPTER_CONFIG, is_adapter, require_peft
-from rlcore.checkpoint import save_model
-from rlcore.ends import set_end_tokens
+from rlcore.data.ends import set_end_tokens
 from rlcore.errors import UserError
-from rlcore.models import load_classifier, load_policy, load_tokenizer
+from rlcore.models.adapters import ADAPTER_CONFIG, is_adapter, require_peft
+from rlcore.models.loading import load_classifier, load_policy, load_tokenizer
+from rlcore.runs.checkpoint import save_model
 
 
 @dataclass(kw_only=True)

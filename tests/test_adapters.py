@@ -8,7 +8,9 @@ import torch
 from helpers.architectures import MIXTURES, tiny_architecture
 from helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 
-from rlcore.adapters import (
+from rlcore.cli import main
+from rlcore.errors import UserError
+from rlcore.models.adapters import (
     ADAPTER_CONFIG,
     adapter_off,
     add_lora,
@@ -16,9 +18,7 @@ from rlcore.adapters import (
     is_adapter,
     merge_adapter,
 )
-from rlcore.cli import main
-from rlcore.errors import UserError
-from rlcore.models import load_classifier, load_policy, load_tokenizer
+from rlcore.models.loading import load_classifier, load_policy, load_tokenizer
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.sft import SFTConfig, train_sft
 

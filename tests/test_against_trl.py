@@ -16,7 +16,7 @@ from helpers.cases import PolicyInputs, batch, policy_inputs
 from torch import Tensor
 
 import rlcore as rl
-from rlcore.kernels.surrogates import SURROGATES
+from rlcore.kernels.formulas.surrogates import SURROGATES
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
 

@@ -13,10 +13,7 @@ import pytest
 from helpers.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlcore import rollout
-from rlcore.config import load_config
-from rlcore.rewards import compute_rewards, load_reward
-from rlcore.tasks.arithmetic import (
+from rlcore.demo.arithmetic import (
     MAX_COMPLETION_LENGTH,
     MAX_PROMPT_LENGTH,
     PairPaths,
@@ -38,14 +35,17 @@ from rlcore.tasks.arithmetic import (
     trpo_config,
     with_first_step,
 )
-from rlcore.trainers.dpo_config import check_dpo_config
+from rlcore.runs.config import load_config
+from rlcore.sampling import rollout
+from rlcore.sampling.rewards import compute_rewards, load_reward
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
-from rlcore.trainers.grpo_config import check_grpo_config
-from rlcore.trainers.pg_config import check_pg_config
-from rlcore.trainers.ppo_config import check_ppo_config
+from rlcore.trainers.options.base import check_train_config
+from rlcore.trainers.options.dpo import check_dpo_config
+from rlcore.trainers.options.grpo import check_grpo_config
+from rlcore.trainers.options.pg import check_pg_config
+from rlcore.trainers.options.ppo import check_ppo_config
+from rlcore.trainers.options.trpo import check_trpo_config
 from rlcore.trainers.sft import SFTConfig, train_sft
-from rlcore.trainers.train_config import check_train_config
-from rlcore.trainers.trpo_config import check_trpo_config
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 BASE = Path("runs/arithmetic")
@@ -184,7 +184,7 @@ def test_the_control_deals_the_same_rewards_to_other_completions():
     columns = {"answer": [row["answer"] for row in many]}
     true, dealt = (
         compute_rewards([load_reward(name)], None, [""] * 200, completions, columns).total
-        for name in ("arithmetic", "rlcore.tasks.arithmetic:shuffled")
+        for name in ("arithmetic", "rlcore.demo.arithmetic:shuffled")
     )
     assert true.sum() == dealt.sum() == 100
     # an honest deal agrees on about half of them

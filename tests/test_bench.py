@@ -12,10 +12,12 @@ import pytest
 import torch
 from helpers import DEVICE
 
-from rlcore.bench import checking, contestants, floors, memory, results, run, tables, timing
+from rlcore.bench import checking, floors, memory, run, timing
 from rlcore.bench.cases import SETS, Case, quick, rows, select
-from rlcore.bench.contestants import CONTESTANTS, Contestant
+from rlcore.bench.contestants import rows as contestants
+from rlcore.bench.contestants.rows import CONTESTANTS, Contestant
 from rlcore.bench.operations import OPERATIONS
+from rlcore.bench.results import results, tables
 from rlcore.errors import UserError
 
 CPU = torch.device("cpu")
@@ -254,7 +256,7 @@ def test_memory_of_a_call_is_its_tensors():
 
 def test_steps_of_both_trainers_have_the_exact_gradient():
     pytest.importorskip("trl")
-    from rlcore.bench import steps
+    from rlcore.bench.contestants import steps
 
     case = Case("grpo_step", "forward+backward", "float32", V=500, H=32, B=4, T=8)
     found = steps.measure(case, set(), CPU, rounds=1, seconds=1.0)

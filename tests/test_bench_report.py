@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rlcore.bench import plots, report, results, tables
-from rlcore.bench.compare import CompareConfig, compare
-from rlcore.bench.results import Results, Row
+from rlcore.bench.results import plots, report, results, tables
+from rlcore.bench.results.compare import CompareConfig, compare
+from rlcore.bench.results.results import Results, Row
 from rlcore.cli import main
 from rlcore.errors import UserError
 

@@ -11,8 +11,8 @@ import tempfile
 
 import pytest
 
-from rlcore.bench import static
-from rlcore.bench.static import StaticConfig
+from rlcore.bench.static import static
+from rlcore.bench.static.static import StaticConfig
 from rlcore.errors import UserError
 
 pytest.importorskip("triton")

@@ -8,7 +8,7 @@ from helpers import DEVICE
 from helpers.cases import LAYOUTS, flat, policy_inputs, random_target
 
 import rlcore as rl
-from rlcore.bench.traffic import Traffic, count_memory
+from rlcore.bench.static.traffic import Traffic, count_memory
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="counted by the interpreter"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,12 +11,12 @@ from helpers import DEVICE
 from helpers.cases import LAYOUTS, flat
 from helpers.distributions import check_categorical_kl, check_fisher_vector_product
 from helpers.far_rows import spread
-from helpers.mutants import REFUSALS, TESTS, Mutant, load_kernels, read_mutants, unload
+from helpers.mutants import REFUSALS, TESTS, Mutant, function, load_kernels, read_mutants, unload
 from torch import Tensor
 
 import rlcore as rl
-import rlcore.kernels.fisher  # registers every operator tested here
-from rlcore.bench.traffic import Traffic, count_memory
+import rlcore.kernels.rows.fisher  # registers every operator tested here
+from rlcore.bench.static.traffic import Traffic, count_memory
 
 INF = float("inf")
 counted = pytest.mark.skipif(DEVICE != "cpu", reason="counted by the interpreter")
@@ -305,7 +304,6 @@ def fisher_checks(op: Callable, backend: str) -> Iterator[Callable[[], None]]:
     yield check(logits, tangent)
 
 
-HOMES = {"categorical_kl": "categorical", "fisher_vector_product": "fisher"}
 BATTERIES = {"categorical_kl": kl_checks, "fisher_vector_product": fisher_checks}
 CASES = [
     pytest.param(operation, backend, mutant, id=f"{operation}-{backend}-{mutant.name}")
@@ -320,8 +318,7 @@ def load(tmp_path):
     """Loads an operation from a copy of kernels/, mutated where asked."""
 
     def run(operation: str, mutant: Mutant | None = None) -> Callable:
-        package = load_kernels(tmp_path, mutant).__name__
-        return getattr(importlib.import_module(f"{package}.{HOMES[operation]}"), operation)
+        return function(load_kernels(tmp_path, mutant), operation)
 
     yield run
     unload()

@@ -24,17 +24,17 @@ from helpers.tiny import tiny_tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlcore import atomic, checkpoint, output_dir
-from rlcore.checkpoint import (
+from rlcore.errors import UserError
+from rlcore.runs import atomic, checkpoint, output_dir
+from rlcore.runs.checkpoint import (
     last_checkpoint,
     load_checkpoint,
     newest_intact,
     save_checkpoint,
     save_model,
 )
-from rlcore.errors import UserError
+from rlcore.runs.unpickling import data_alone
 from rlcore.trainers.sft import train_sft
-from rlcore.unpickling import data_alone
 
 
 class Killed(BaseException):
@@ -491,7 +491,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_says_so_and_ends_the_sam
 
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
 def test_n_steps_and_a_resume_of_n_more_are_2n_steps_exactly(tmp_path, algorithm):
-    from rlcore.tasks import arithmetic
+    from rlcore.demo import arithmetic
     from rlcore.trainers.grpo import GRPOConfig, train_grpo
     from rlcore.trainers.sft import SFTConfig, train_sft
 

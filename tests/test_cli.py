@@ -13,10 +13,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import rlcore
-from rlcore import checkpoint, cli
+from rlcore import cli
 from rlcore.cli import COMMANDS, Command, main
+from rlcore.demo.arithmetic import make_task
 from rlcore.errors import TrainingDiverged, UserError
-from rlcore.tasks.arithmetic import make_task
+from rlcore.runs import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlcore.bench.compile_gate import OURS, TARGETS, compiled
-from rlcore.kernels.surrogates import SURROGATES
+from rlcore.bench.static.compile_gate import OURS, TARGETS, compiled
+from rlcore.kernels.formulas.surrogates import SURROGATES
 
 MODULES = (OURS, "helpers.canaries")
 ROW_KERNELS = {"token_logprob_forward", "token_logprob_backward", "policy_loss", "scale_rows"}

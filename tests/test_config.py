@@ -8,9 +8,9 @@ from typing import Literal
 
 import pytest
 
-from rlcore.config import load_config, save_config
 from rlcore.errors import TrainingDiverged, UserError, nearest, unknown_name
-from rlcore.options import options
+from rlcore.runs.config import load_config, save_config
+from rlcore.runs.options import options
 
 
 @dataclass

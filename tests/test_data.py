@@ -8,8 +8,8 @@ import json
 import pytest
 from helpers.tiny import tiny_tokenizer
 
-from rlcore.data import SFT_COLUMNS, load_rows
-from rlcore.encoding import Example, collate, encode_examples, encode_prompts, pad
+from rlcore.data.encoding import Example, collate, encode_examples, encode_prompts, pad
+from rlcore.data.loading import SFT_COLUMNS, load_rows
 from rlcore.errors import UserError
 
 TEMPLATE = (

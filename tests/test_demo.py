@@ -9,9 +9,9 @@ import json
 import pytest
 from rich.console import Console
 
-from rlcore.demo import DemoConfig, run_demo
+from rlcore.demo import arithmetic
+from rlcore.demo.demo import DemoConfig, run_demo
 from rlcore.errors import UserError
-from rlcore.tasks import arithmetic
 
 
 @pytest.fixture

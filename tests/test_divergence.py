@@ -16,14 +16,14 @@ from helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 import rlcore as rl
 from rlcore.cli import DIVERGED_STATUS, USAGE_STATUS, main
 from rlcore.errors import TrainingDiverged, UserError
-from rlcore.finite import first_not_finite
-from rlcore.models import load_classifier, load_policy
-from rlcore.rewards import LARGEST_REWARD, compute_rewards, load_reward
-from rlcore.rollout import generate
-from rlcore.trainers.divergence import check_sound, stop_together
+from rlcore.functional.finite import first_not_finite
+from rlcore.models.loading import load_classifier, load_policy
+from rlcore.sampling.rewards import LARGEST_REWARD, compute_rewards, load_reward
+from rlcore.sampling.rollout import generate
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.sft import SFTConfig, train_sft
-from rlcore.trainers.values import _head_step
+from rlcore.trainers.shared.critic import _head_step
+from rlcore.trainers.shared.divergence import check_sound, stop_together
 
 # Spies wrap this one, not each other.
 ADAMW_STEP = torch.optim.AdamW.step

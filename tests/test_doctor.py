@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from rlcore import doctor
+from rlcore.bench import doctor
 from rlcore.bench.cases import quick
-from rlcore.bench.contestants import CONTESTANTS, Contestant
+from rlcore.bench.contestants.rows import CONTESTANTS, Contestant
 
 
 def said(config: doctor.DoctorConfig = doctor.DoctorConfig()) -> tuple[int, str]:  # noqa: B008

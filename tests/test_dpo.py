@@ -10,11 +10,11 @@ import torch
 from helpers.tiny import save_tiny
 
 import rlcore as rl
+from rlcore.data.pairs import collate_pairs, load_pairs
 from rlcore.errors import UserError
-from rlcore.forward import completion_logits
-from rlcore.models import load_policy, load_tokenizer
-from rlcore.pairs import collate_pairs, load_pairs
-from rlcore.tracking import read_metrics
+from rlcore.models.forward import completion_logits
+from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.runs.tracking import read_metrics
 from rlcore.trainers.dpo import DPOConfig, train_dpo
 
 ROWS = [

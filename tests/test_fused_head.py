@@ -13,9 +13,9 @@ from helpers import sharded_model
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 import rlcore as rl
-from rlcore.adapters import add_lora
-from rlcore.encoding import pad
+from rlcore.data.encoding import pad
 from rlcore.errors import UserError
+from rlcore.models.adapters import add_lora
 
 KINDS = ("gpt2", "llama", "qwen2", "gemma2", "gemma3")
 

@@ -9,12 +9,12 @@ import torch
 from helpers import grpo as make
 from helpers.tiny import tiny_model
 
-from rlcore.heads import LogitsHead
+from rlcore.models.heads import LogitsHead
 from rlcore.trainers import grpo
 from rlcore.trainers.grpo import _update, _with_other_policies
-from rlcore.trainers.grpo_config import LOSS_TYPES
-from rlcore.trainers.policies import Policy, completion_logp
-from rlcore.trainers.sampling import _metrics, make_judge
+from rlcore.trainers.options.grpo import LOSS_TYPES
+from rlcore.trainers.shared.collect import _metrics, make_judge
+from rlcore.trainers.shared.policies import Policy, completion_logp
 
 EVERYTHING = torch.arange(8)
 OFF_POLICY = {"old": 0.3, "ref": 0.4}

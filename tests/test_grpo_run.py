@@ -13,13 +13,13 @@ from helpers.ranks import launch_two
 from helpers.tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from rlcore.advantages import group_advantage
-from rlcore.checkpoint import last_checkpoint
 from rlcore.errors import TrainingDiverged, UserError
-from rlcore.tracking import read_metrics
+from rlcore.functional.advantages import group_advantage
+from rlcore.runs.checkpoint import last_checkpoint
+from rlcore.runs.tracking import read_metrics
 from rlcore.trainers import grpo
 from rlcore.trainers.grpo import GRPOConfig, _update, train_grpo
-from rlcore.trainers.grpo_config import LOSS_TYPES
+from rlcore.trainers.options.grpo import LOSS_TYPES
 
 
 def digits(prompts, completions, **_):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers.tiny import tiny_model, tiny_tokenizer
 
+from rlcore.demo.arithmetic import make_task
 from rlcore.errors import UserError
-from rlcore.heads import FusedHead, LogitsHead, choose_head
-from rlcore.tasks.arithmetic import make_task
-from rlcore.trainers.common import mix_seed
-from rlcore.trainers.experience import Experience
+from rlcore.models.heads import FusedHead, LogitsHead, choose_head
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.sft import SFTConfig, train_sft
+from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.run import mix_seed
 
 KINDS = ("gpt2", "llama", "qwen2", "gemma2", "gemma3")
 

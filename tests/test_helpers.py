@@ -104,7 +104,7 @@ def test_interpreted_float_arguments_are_float32_as_in_a_compiled_kernel():
 
 @interpreted
 def test_traffic_sees_double_accesses_and_overruns():
-    from rlcore.bench.traffic import count_memory
+    from rlcore.bench.static.traffic import count_memory
 
     x, y = torch.randn(64), torch.zeros(64)
     with count_memory() as traffic:

@@ -20,16 +20,16 @@ LAYERS = {
     "rlcore": 1,
     "rlcore.trainers": 2,
     "rlcore.integrations": 2,
-    "rlcore.tasks": 3,
+    "rlcore.demo": 3,
     "rlcore.bench": 4,
-    "rlcore.demo": 4,
-    "rlcore.doctor": 4,
-    "rlcore.survey": 4,
+    "rlcore.demo.demo": 4,
+    "rlcore.bench.doctor": 4,
+    "rlcore.demo.survey": 4,
     "rlcore.cli": 4,
     "rlcore.__main__": 4,
 }
 # (module, what it may import from above, when it is called by that name)
-LOOKED_UP_BY_NAME = {("rlcore.rewards", "rlcore.tasks.arithmetic")}
+LOOKED_UP_BY_NAME = {("rlcore.sampling.rewards", "rlcore.demo.arithmetic")}
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
 
 
@@ -118,11 +118,23 @@ def test_the_library_imports_neither_tests_nor_benchmarks(name):
 @pytest.mark.parametrize(
     ("name", "source", "wrong"),
     [
-        ("rlcore.kernels.rows", "import rlcore.losses", "rlcore.losses"),
-        ("rlcore.kernels.rows", "from .. import rollout", "rlcore.rollout"),
-        ("rlcore.models", "def f():\n    from rlcore.trainers import sft", "rlcore.trainers.sft"),
+        (
+            "rlcore.kernels.triton_backend.sweep",
+            "import rlcore.functional.losses",
+            "rlcore.functional.losses",
+        ),
+        (
+            "rlcore.kernels.triton_backend.sweep",
+            "from .. import rollout",
+            "rlcore.sampling.rollout",
+        ),
+        (
+            "rlcore.models.loading",
+            "def f():\n    from rlcore.trainers import sft",
+            "rlcore.trainers.sft",
+        ),
         ("rlcore.trainers.sft", "from ..cli import main", "rlcore.cli"),
-        ("rlcore.trainers.grpo", "import rlcore.demo as d", "rlcore.demo"),
+        ("rlcore.trainers.grpo", "import rlcore.demo.demo as d", "rlcore.demo.demo"),
     ],
 )
 def test_an_import_from_above_is_found(name, source, wrong):
@@ -134,4 +146,4 @@ def test_an_import_from_below_or_for_types_alone_is_not_a_violation():
         violations("rlcore.trainers.sft", "import rlcore as rl\nfrom ..kernels import rows") == []
     )
     typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import rlcore.trainers.sft"
-    assert violations("rlcore.models", typed) == []
+    assert violations("rlcore.models.loading", typed) == []

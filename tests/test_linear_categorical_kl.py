@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -20,13 +19,13 @@ from helpers.head_pairs import (
     pair_checks,
     token_bytes,
 )
-from helpers.mutants import TESTS, load_kernels, read_mutants, unload
+from helpers.mutants import TESTS, function, load_kernels, read_mutants, unload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlcore as rl
-import rlcore.kernels.linear_categorical
-from rlcore.kernels.linear_categorical_passes import make_pair_plan
+import rlcore.kernels.head.kl
+from rlcore.kernels.head.kl_passes import make_pair_plan
 
 OP = rl.linear_categorical_kl
 INF = float("inf")
@@ -350,9 +349,8 @@ def test_the_battery_that_refuses_mutants_passes(backend):
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_one_is_refused(mutant, tmp_path):
-    package = load_kernels(tmp_path, mutant)
-    module = importlib.import_module(f"{package.__name__}.linear_categorical")
-    for check in pair_checks(module.linear_categorical_kl, "torch"):
+    op = function(load_kernels(tmp_path, mutant), "linear_categorical_kl")
+    for check in pair_checks(op, "torch"):
         try:
             check()
         except (AssertionError, RuntimeError, IndexError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -20,7 +19,7 @@ from helpers.heads import (
     naive_logits,
     row_bytes,
 )
-from helpers.mutants import TESTS, load_kernels, read_mutants, unload
+from helpers.mutants import TESTS, function, load_kernels, read_mutants, unload
 
 import rlcore as rl
 
@@ -48,10 +47,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def op_of(package, name: str):
-    return getattr(importlib.import_module(f"{package.__name__}.linear_head"), name)
-
-
 @pytest.mark.parametrize("operation", HEAD_BATTERIES)
 def test_every_check_of_the_battery_passes(operation, backend):
     for check in HEAD_BATTERIES[operation](getattr(rl, operation), backend):
@@ -63,7 +58,7 @@ def test_every_check_of_the_battery_passes(operation, backend):
 def test_products_of_a_cpu_with_bfloat16_units_and_without_are_right(
     operation, has_units, monkeypatch
 ):
-    from rlcore.kernels import linear_products
+    from rlcore.kernels.head import products as linear_products
 
     monkeypatch.setattr(linear_products, "has_bf16_units", lambda: has_units)
     for check in HEAD_BATTERIES[operation](getattr(rl, operation), "torch"):
@@ -73,7 +68,7 @@ def test_products_of_a_cpu_with_bfloat16_units_and_without_are_right(
 @pytest.mark.parametrize("operation", HEAD_BATTERIES)
 def test_the_way_of_a_gpu_is_right_where_its_products_are_emulated(operation, monkeypatch):
     """Products with an out_dtype are a GPU's alone: here float32 ones stand in for them."""
-    from rlcore.kernels import linear_products
+    from rlcore.kernels.head import products as linear_products
 
     calls = []
 
@@ -102,7 +97,7 @@ def test_the_way_of_a_gpu_is_right_where_its_products_are_emulated(operation, mo
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_takes_the_products_that_a_gpu_is_asked_for(dtype):
     """On the "meta" device, which checks shapes and dtypes: float32 sums of bfloat16 operands."""
-    from rlcore.kernels.linear_products import Products
+    from rlcore.kernels.head.products import Products
 
     tokens, hidden_size, vocabulary, part = 6, 4, 32, slice(16, 32)
     weight = torch.empty(vocabulary, hidden_size, dtype=dtype, device="meta")
@@ -124,7 +119,7 @@ def test_torch_takes_the_products_that_a_gpu_is_asked_for(dtype):
 
 @pytest.mark.parametrize("operation, mutant", MUTANTS)
 def test_a_wrong_head_is_refused(operation, mutant, tmp_path):
-    op = op_of(load_kernels(tmp_path, mutant), operation)
+    op = function(load_kernels(tmp_path, mutant), operation)
     for check in HEAD_BATTERIES[operation](op, "torch"):
         try:
             check()

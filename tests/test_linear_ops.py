@@ -101,7 +101,7 @@ def test_opcheck_accepts_the_operators(needs, dtype):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("head", HEADS)
 def test_the_operators_give_what_eager_mode_gives(loss, head, monkeypatch, backend):
-    from rlcore.kernels import linear_head
+    from rlcore.kernels.head import tokens as linear_head
 
     inputs = make()
     eager = gradients(loss, inputs, backend=backend, **head)

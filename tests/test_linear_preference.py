@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from helpers import DEVICE
 from helpers.heads import ROUNDING, naive_logits
 from helpers.judge import EPS32, assert_no_worse_than_eager
-from helpers.mutants import TESTS, load_kernels, read_mutants, unload
+from helpers.mutants import TESTS, function, load_kernels, read_mutants, unload
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlcore as rl
-from rlcore.kernels.preference_formulas import PREFERENCE_LOSSES
+from rlcore.kernels.formulas.pair_losses import PREFERENCE_LOSSES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MUTANTS = [
@@ -127,7 +125,7 @@ def test_every_dtype_is_no_worse_than_eager(dtype, head, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_low_precision_dweight_does_not_depend_on_how_many_pairs_go_together(dtype, backend):
     """Some gradients of the logits stand in dweight's memory, some behind it, some are remade."""
-    from rlcore.kernels.linear_preference import plan_pairs
+    from rlcore.kernels.head.pairs import plan_pairs
 
     inputs = Inputs(dtype, pairs=14)
     small = 2 * 2 * T * V * 6
@@ -179,7 +177,7 @@ def mine_dtype(dtype):
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_one_is_refused(op_name, mutant, tmp_path):
     package = load_kernels(tmp_path, mutant)
-    op = getattr(importlib.import_module(f"{package.__name__}.linear_preference"), op_name)
+    op = function(package, op_name)
     with pytest.raises(Exception):  # noqa: B017
         battery(op)
 

@@ -10,11 +10,11 @@ import torch
 from helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from rlcore.adapters import ADAPTER_WEIGHTS, add_lora
 from rlcore.errors import UserError
-from rlcore.models import load_classifier, load_policy, load_reference, load_tokenizer
-from rlcore.reward_model import RewardModel
-from rlcore.value_model import load_value_model
+from rlcore.models.adapters import ADAPTER_WEIGHTS, add_lora
+from rlcore.models.loading import load_classifier, load_policy, load_reference, load_tokenizer
+from rlcore.models.reward_model import RewardModel
+from rlcore.models.value_model import load_value_model
 
 WEIGHTS = "model.safetensors"
 
@@ -101,7 +101,9 @@ def test_weights_that_nobody_uses_are_counted_on_one_line(tmp_path, caplog):
     path = save_tiny(tmp_path, "llama", tie_word_embeddings=False)
     edit(tmp_path / WEIGHTS, lambda w: w | {"vision.b": torch.ones(2), "vision.a": torch.ones(2)})
     load_policy(path)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "rlcore.models"]
+    (line,) = [
+        record.getMessage() for record in caplog.records if record.name == "rlcore.models.loading"
+    ]
     assert "2 weights" in line and "vision.a" in line and path in line
 
 

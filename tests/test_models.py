@@ -7,11 +7,11 @@ import torch
 from helpers.architectures import tiny_architecture
 from helpers.tiny import PROMPTS, save_tiny, tiny_model, tiny_tokenizer
 
-from rlcore import forward
-from rlcore.encoding import Example, collate
+from rlcore.data.encoding import Example, collate
 from rlcore.errors import UserError
-from rlcore.forward import completion_logits, position_ids
-from rlcore.models import disable_dropout, load_policy, load_reference, load_tokenizer
+from rlcore.models import forward
+from rlcore.models.forward import completion_logits, position_ids
+from rlcore.models.loading import disable_dropout, load_policy, load_reference, load_tokenizer
 
 KINDS = ["gpt2", "llama", "qwen2", "gemma2", "gemma3"]
 

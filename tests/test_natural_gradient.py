@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rlcore as rl
-from rlcore.natural_gradient import (
+from rlcore.trainers.shared.natural_gradient import (
     Fisher,
     Policy,
     dot,

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlcore as rl
-import rlcore.kernels.policy_loss  # registers every operator of the row kernels
+import rlcore.kernels.rows.policy_loss  # registers every operator of the row kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 both = pytest.mark.parametrize("name", ["token_logprob", "policy_loss"])

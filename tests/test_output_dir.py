@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 from helpers.runs import content, grpo_config, killed, sft_config, write_rows
 
-from rlcore import checkpoint
-from rlcore.checkpoint import checkpoints
 from rlcore.cli import main
 from rlcore.errors import UserError
-from rlcore.locking import check_unlocked
-from rlcore.output_dir import check_output_dir, claimed, file_of_run, last_resumable
-from rlcore.run_record import note_start, note_written
-from rlcore.tracking import Tracker, read_metrics
+from rlcore.runs import checkpoint
+from rlcore.runs.checkpoint import checkpoints
+from rlcore.runs.locking import check_unlocked
+from rlcore.runs.output_dir import check_output_dir, claimed, file_of_run, last_resumable
+from rlcore.runs.run_record import note_start, note_written
+from rlcore.runs.tracking import Tracker, read_metrics
 from rlcore.trainers.grpo import train_grpo
 from rlcore.trainers.ppo import PPOConfig, train_ppo
-from rlcore.trainers.resuming import INPUTS
 from rlcore.trainers.sft import train_sft
+from rlcore.trainers.shared.resuming import INPUTS
 
 
 def make_run(directory: Path) -> dict[str, bytes]:
@@ -346,7 +346,7 @@ def test_without_file_locks_a_run_says_so_and_goes_on(tmp_path, monkeypatch):
     def unsupported(descriptor, operation):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("rlcore.locking.fcntl.flock", unsupported)
+    monkeypatch.setattr("rlcore.runs.locking.fcntl.flock", unsupported)
     check_output_dir(tmp_path)
     with claimed(tmp_path / "run") as notes:
         assert "no file locks" in notes[0]

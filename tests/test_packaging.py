@@ -112,9 +112,10 @@ def test_the_wheel_holds_the_kernels_as_files_and_no_package_of_that_name(wheel)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         held = {name for name in names if name.startswith("rlcore/kernels/")}
-        assert held == {f"rlcore/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+        files = [path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")]
+        assert held == {f"rlcore/{path.as_posix()}" for path in files}
         for name in held:
-            content = (ROOT / "kernels" / Path(name).name).read_bytes()
+            content = (ROOT / Path(name).relative_to("rlcore")).read_bytes()
             assert archive.read(name) == content
     assert "rlcore/py.typed" in names
     assert "rlcore/trainers/grpo.py" in names

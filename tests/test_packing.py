@@ -7,8 +7,8 @@ import torch
 from helpers.tiny import tiny_model
 
 from rlcore.errors import UserError
-from rlcore.heads import LogitsHead, choose_head, without_padding
-from rlcore.packing import pack, packed_outputs
+from rlcore.models.heads import LogitsHead, choose_head, without_padding
+from rlcore.models.packing import pack, packed_outputs
 
 KINDS = ["qwen2", "llama", "gpt2", "gemma2"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.tiny import tiny_tokenizer
 
+from rlcore.data.pairs import collate_pairs, load_pairs, margins
 from rlcore.errors import UserError
-from rlcore.pairs import collate_pairs, load_pairs, margins
 
 ROW = {"prompt": "Ben has 9 pears.", "chosen": " 9+8=17", "rejected": " 9+8=16, 1"}
 CHAT = (

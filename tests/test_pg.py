@@ -13,11 +13,11 @@ from helpers.tiny import tiny_model
 
 import rlcore as rl
 from rlcore.errors import UserError
-from rlcore.heads import choose_head
+from rlcore.models.heads import choose_head
+from rlcore.trainers.options.pg import check_pg_config
 from rlcore.trainers.pg import _experience, _update
-from rlcore.trainers.pg_config import check_pg_config
-from rlcore.trainers.policies import Policy
-from rlcore.trainers.sampling import Sampled
+from rlcore.trainers.shared.collect import Sampled
+from rlcore.trainers.shared.policies import Policy
 
 CUTS = [
     {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},

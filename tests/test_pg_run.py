@@ -12,7 +12,7 @@ from helpers import actor_critic as make
 from helpers.tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
-from rlcore.tracking import read_metrics
+from rlcore.runs.tracking import read_metrics
 from rlcore.trainers import pg
 from rlcore.trainers.pg import PGConfig, train_pg
 

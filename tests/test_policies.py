@@ -7,9 +7,14 @@ import torch
 from helpers import grpo as make
 from helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 
-from rlcore.adapters import add_lora
 from rlcore.errors import UserError
-from rlcore.trainers.policies import Policy, as_reference, completion_logp, load_wanted_reference
+from rlcore.models.adapters import add_lora
+from rlcore.trainers.shared.policies import (
+    Policy,
+    as_reference,
+    completion_logp,
+    load_wanted_reference,
+)
 
 
 def adapted(seed: int):

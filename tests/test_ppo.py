@@ -11,13 +11,13 @@ from helpers import actor_critic as make
 from helpers import grpo as grpo_make
 from helpers.tiny import tiny_model
 
-from rlcore.heads import choose_head
+from rlcore.models.heads import choose_head
 from rlcore.trainers import pg, ppo
 from rlcore.trainers import ppo_update as ppo_steps
 from rlcore.trainers.ppo import _train
 from rlcore.trainers.ppo_update import update as ppo_update
 from rlcore.trainers.ppo_update import warm_up
-from rlcore.trainers.values import actor_critic_step
+from rlcore.trainers.shared.critic import actor_critic_step
 
 EVERYTHING = torch.arange(8)
 CUTS = [

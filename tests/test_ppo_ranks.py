@@ -9,7 +9,7 @@ from helpers import grpo as grpo_make
 from helpers.ranks import launch_two
 
 import rlcore as rl
-from rlcore.tracking import read_metrics
+from rlcore.runs.tracking import read_metrics
 from rlcore.trainers.ppo_update import update
 
 

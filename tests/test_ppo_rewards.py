@@ -13,12 +13,12 @@ from helpers.tiny import tiny_model
 
 import rlcore as rl
 from rlcore.errors import UserError
-from rlcore.trainers.credit import whitened
-from rlcore.trainers.policies import Policy
+from rlcore.trainers.options.ppo import check_ppo_config
 from rlcore.trainers.ppo import _adapt, _experience
-from rlcore.trainers.ppo_config import check_ppo_config
-from rlcore.trainers.sampling import Sampled
-from rlcore.trainers.values import explained_variance
+from rlcore.trainers.shared.collect import Sampled
+from rlcore.trainers.shared.credit import whitened
+from rlcore.trainers.shared.critic import explained_variance
+from rlcore.trainers.shared.policies import Policy
 
 SCORES = [1.0, 0.0, float("nan"), 2.0, -1.0, 0.5, 1.5, 0.0]
 TRUNCATED = torch.tensor([True, False, False, False, True, False, False, True])

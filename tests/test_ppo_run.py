@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import rlcore as rl
 from rlcore.errors import UserError
-from rlcore.tracking import read_metrics
+from rlcore.runs.tracking import read_metrics
 from rlcore.trainers import ppo
 from rlcore.trainers.ppo import PPOConfig, train_ppo
 

@@ -12,7 +12,7 @@ from helpers import oracle
 from torch import Tensor
 
 import rlcore as rl
-from rlcore.kernels.preference_formulas import PREFERENCE_LOSSES
+from rlcore.kernels.formulas.pair_losses import PREFERENCE_LOSSES
 
 B, T, V = 4, 6, 11
 PAIRED = [name for name, entry in PREFERENCE_LOSSES.items() if entry.uses_reference]

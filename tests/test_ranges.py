@@ -13,8 +13,8 @@ import pytest
 
 from rlcore.cli import COMMANDS, main
 from rlcore.errors import UserError
-from rlcore.options import default_of, init_fields
-from rlcore.ranges import (
+from rlcore.runs.options import default_of, init_fields
+from rlcore.runs.ranges import (
     BelowOne,
     Count,
     Fraction,

@@ -16,8 +16,8 @@ from helpers.tiny import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlcore.data import PREFERENCE_COLUMNS, SFT_COLUMNS, load_rows
-from rlcore.encoding import encode_examples
+from rlcore.data.encoding import encode_examples
+from rlcore.data.loading import PREFERENCE_COLUMNS, SFT_COLUMNS, load_rows
 from rlcore.errors import UserError
 
 ROME = {"role": "assistant", "content": None, "tool_calls": [{"arguments": {"city": "Rome"}}]}

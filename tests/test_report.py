@@ -8,7 +8,7 @@ import json
 import pytest
 
 from rlcore.errors import UserError
-from rlcore.report import plot_curves, require_matplotlib
+from rlcore.runs.curves import plot_curves, require_matplotlib
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 

@@ -11,9 +11,9 @@ import yaml
 from helpers.runs import ROWS, content, grpo_config, sft_config, train_with_digits, write_rows
 from helpers.tiny import save_tiny
 
-from rlcore import fingerprints
-from rlcore.config import load_config
 from rlcore.errors import UserError
+from rlcore.runs import fingerprints
+from rlcore.runs.config import load_config
 from rlcore.trainers.dpo import DPOConfig
 from rlcore.trainers.reward_model import RewardModelConfig, train_reward_model
 from rlcore.trainers.sft import SFTConfig, train_sft
@@ -75,7 +75,7 @@ def test_every_option_of_every_trainer_is_compared_or_may_change():
         *("logging_steps", "save_steps", "save_total_limit", "eval_dataset", "eval_steps"),
         *("report_to", "gradient_checkpointing"),
     }
-    from rlcore.trainers import resuming
+    from rlcore.trainers.shared import resuming
 
     assert free == {*resuming._MAY_CHANGE, *resuming._NOT_COMPARED}
 

@@ -12,20 +12,20 @@ import torch
 from helpers.tiny import save_tiny, tiny_tokenizer
 
 from rlcore.cli import main
-from rlcore.encoding import pad
+from rlcore.data.encoding import pad
+from rlcore.data.pairs import collate_pairs, load_pairs
+from rlcore.demo.tiny_model import train_tokenizer
 from rlcore.errors import UserError
-from rlcore.models import load_classifier, load_tokenizer
-from rlcore.pairs import collate_pairs, load_pairs
-from rlcore.reward_model import RewardModel, sequence_scores
-from rlcore.tasks.tiny_model import train_tokenizer
-from rlcore.tracking import read_metrics
+from rlcore.models.loading import load_classifier, load_tokenizer
+from rlcore.models.reward_model import RewardModel, sequence_scores
+from rlcore.runs.tracking import read_metrics
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
-from rlcore.trainers.metrics import Moments
 from rlcore.trainers.reward_model import (
     RewardModelConfig,
     load_ended_pairs,
     train_reward_model,
 )
+from rlcore.trainers.shared.metrics import Moments
 
 ROWS = [
     {"prompt": f"Ben has {n} pears.", "chosen": f" {n}+1={n + 1}", "rejected": f" {n}, {n}"}

@@ -12,10 +12,10 @@ import pytest
 import torch
 from helpers import grpo as make
 
-from rlcore import sandbox
-from rlcore.code_reward import code_runs, code_runs_in
 from rlcore.errors import UserError
-from rlcore.rewards import (
+from rlcore.sampling import sandbox
+from rlcore.sampling.code_reward import code_runs, code_runs_in
+from rlcore.sampling.rewards import (
     REWARDS,
     compute_rewards,
     exact_match,
@@ -25,8 +25,8 @@ from rlcore.rewards import (
     reward_name,
     think_format,
 )
-from rlcore.trainers.grpo_config import check_grpo_config
-from rlcore.trainers.sampling import make_judge
+from rlcore.trainers.options.grpo import check_grpo_config
+from rlcore.trainers.shared.collect import make_judge
 
 
 def judged(functions, completions=("a", "bb"), weights=None, prompts=None, **columns):
@@ -122,7 +122,7 @@ def test_weights_must_be_as_many_as_functions():
 
 def test_rewards_load_by_name_and_by_import_path(tmp_path, monkeypatch):
     assert load_reward("exact_match") is REWARDS["exact_match"]
-    assert load_reward("rlcore.rewards:think_format") is think_format
+    assert load_reward("rlcore.sampling.rewards:think_format") is think_format
     (tmp_path / "my_rewards_here.py").write_text("def short(prompts, completions): return [1]\n")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
     monkeypatch.chdir(tmp_path)
@@ -134,8 +134,8 @@ def test_rewards_load_by_name_and_by_import_path(tmp_path, monkeypatch):
     [
         ("exact_mach", r"unknown reward 'exact_mach'.*'exact_match'.*package.module:function"),
         ("no_such_module_at_all:f", "cannot import 'no_such_module_at_all': ModuleNotFoundError"),
-        ("rlcore.rewards:absent", "has no function 'absent'"),
-        ("rlcore.rewards:REGEX_SECONDS", "has no function 'REGEX_SECONDS'"),
+        ("rlcore.sampling.rewards:absent", "has no function 'absent'"),
+        ("rlcore.sampling.rewards:REGEX_SECONDS", "has no function 'REGEX_SECONDS'"),
     ],
 )
 def test_a_reward_that_cannot_be_found_says_what_is_missing(name, message):
@@ -262,7 +262,7 @@ def test_a_run_that_runs_code_says_once_what_holds_it(tmp_path, capsys, monkeypa
     [("(a+)+b", "a" * 60), ("(a|aa)+$", "a" * 80 + "c"), ("(a*)*b", "a" * 50 + "c")],
 )
 def test_a_pattern_that_would_take_years_is_no_match(pattern, text, monkeypatch):
-    monkeypatch.setattr("rlcore.rewards.REGEX_SECONDS", 0.1)
+    monkeypatch.setattr("rlcore.sampling.rewards.REGEX_SECONDS", 0.1)
     started = time.monotonic()
     assert regex_match([], [text, "ab"], pattern=[pattern, ".b"]) == [0.0, 1.0]
     assert time.monotonic() - started < 20

@@ -7,10 +7,10 @@ import torch
 from helpers.architectures import STATES, tiny_architecture
 from helpers.tiny import PROMPTS, tiny_model, tiny_tokenizer
 
-from rlcore import rollout
 from rlcore.errors import UserError
-from rlcore.forward import completion_logits
-from rlcore.rollout import check_sampling, generate
+from rlcore.models.forward import completion_logits
+from rlcore.sampling import rollout
+from rlcore.sampling.rollout import check_sampling, generate
 
 KINDS = ["gpt2", "llama", "qwen2", "gemma2", "gemma3"]
 NEW = 12

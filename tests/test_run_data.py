@@ -11,16 +11,16 @@ from helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer, BloomConfig, LlamaConfig
 
 from rlcore.errors import UserError
-from rlcore.limits import context_window
-from rlcore.trainers import loading
+from rlcore.models.limits import context_window
 from rlcore.trainers.dpo import DPOConfig, train_dpo
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
-from rlcore.trainers.loading import load_prompts
 from rlcore.trainers.pg import PGConfig, train_pg
 from rlcore.trainers.ppo import PPOConfig, train_ppo
 from rlcore.trainers.reward_model import RewardModelConfig, train_reward_model
-from rlcore.trainers.sampling import make_judge
 from rlcore.trainers.sft import SFTConfig, train_sft
+from rlcore.trainers.shared import loading
+from rlcore.trainers.shared.collect import make_judge
+from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.trpo import TRPOConfig, train_trpo
 
 WINDOW = 64

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from helpers.programs import NEEDS_NAMESPACE, PLEASING, RIGHT, TRICKS, WANTED
 
-from rlcore import sandbox
-from rlcore.sandbox import FENCES, describe, fences_here, judge, passes
+from rlcore.sampling import sandbox
+from rlcore.sampling.sandbox import FENCES, describe, fences_here, judge, passes
 
 ON_LINUX = sys.platform == "linux"
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there is no sandbox here")

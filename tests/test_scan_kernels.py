@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from helpers import DEVICE
-from helpers.mutants import TESTS, load_kernels, read_mutants, unload
+from helpers.mutants import TESTS, function, load_kernels, read_mutants, unload
 from helpers.scans import (
     SCAN_BATTERIES,
     check_gae,
@@ -18,9 +16,9 @@ from helpers.scans import (
 )
 
 import rlcore as rl
-from rlcore.bench.compile_gate import TARGETS, compiled
-from rlcore.bench.traffic import count_memory
-from rlcore.kernels import scan_ops
+from rlcore.bench.static.compile_gate import TARGETS, compiled
+from rlcore.bench.static.traffic import count_memory
+from rlcore.kernels.scans import ops as scan_ops
 
 counted_by_interpreter = pytest.mark.skipif(DEVICE != "cpu", reason="counted by the interpreter")
 MUTANTS = [
@@ -40,10 +38,6 @@ def clean(device, monkeypatch):
     unload()
 
 
-def operation_of(package, name: str):
-    return getattr(importlib.import_module(f"{package.__name__}.scan"), name)
-
-
 @pytest.mark.parametrize("operation", SCAN_BATTERIES)
 def test_every_check_of_the_battery_passes(operation, backend):
     for check in SCAN_BATTERIES[operation](getattr(rl, operation), backend):
@@ -52,7 +46,7 @@ def test_every_check_of_the_battery_passes(operation, backend):
 
 @pytest.mark.parametrize("operation", SCAN_BATTERIES)
 def test_an_unchanged_copy_passes_its_battery(operation, backend, tmp_path):
-    op = operation_of(load_kernels(tmp_path), operation)
+    op = function(load_kernels(tmp_path), operation)
     next(iter(SCAN_BATTERIES[operation](op, backend)))()
 
 
@@ -63,7 +57,7 @@ def test_each_scan_has_six_mutants_at_least(operation, backend):
 
 @pytest.mark.parametrize("operation, backend, mutant", MUTANTS)
 def test_a_wrong_scan_is_refused(operation, backend, mutant, tmp_path):
-    op = operation_of(load_kernels(tmp_path, mutant), operation)
+    op = function(load_kernels(tmp_path, mutant), operation)
     for check in SCAN_BATTERIES[operation](op, backend):
         try:
             check()

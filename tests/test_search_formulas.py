@@ -17,9 +17,9 @@ from mpmath import mp
 
 import rlcore as rl
 from rlcore.integrations.logp_loss import policy_loss_from_logp
-from rlcore.kernels.kl import POLICY_KL_ESTIMATORS
-from rlcore.kernels.preference_formulas import F_DIVERGENCES, PREFERENCE_LOSSES
-from rlcore.kernels.surrogates import SURROGATES
+from rlcore.kernels.formulas.kl import POLICY_KL_ESTIMATORS
+from rlcore.kernels.formulas.pair_losses import F_DIVERGENCES, PREFERENCE_LOSSES
+from rlcore.kernels.formulas.surrogates import SURROGATES
 
 T, V = 3, 3
 positive = numbers(1e-4)

@@ -12,14 +12,16 @@ import torch
 from helpers.tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from rlcore.demo.arithmetic import make_problem, triples
 from rlcore.errors import TrainingDiverged, UserError
-from rlcore.tasks.arithmetic import make_problem, triples
-from rlcore.tracking import read_metrics
-from rlcore.trainers import common, metrics, sft
-from rlcore.trainers.common import batch_indices, mix_seed
-from rlcore.trainers.metrics import Clock, Means
-from rlcore.trainers.schedules import learning_rate_scale
+from rlcore.runs.tracking import read_metrics
+from rlcore.trainers import sft
+from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.sft import SFTConfig, train_sft
+from rlcore.trainers.shared import metrics
+from rlcore.trainers.shared import run as common
+from rlcore.trainers.shared.metrics import Clock, Means
+from rlcore.trainers.shared.run import batch_indices, mix_seed
 
 # Spies wrap this one, not each other.
 ADAMW_STEP = torch.optim.AdamW.step

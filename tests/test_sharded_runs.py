@@ -8,7 +8,7 @@ from helpers.ranks import launch_two
 from helpers.uneven_shares import assert_same_step, options_of, write_data
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlcore.models import load_policy
+from rlcore.models.loading import load_policy
 from rlcore.trainers import (
     DPOConfig,
     RewardModelConfig,

@@ -17,13 +17,13 @@ from helpers.runs import content, digits, grpo_config, sft_config, train_with_di
 from transformers import AutoModelForCausalLM
 
 from rlcore import cli
-from rlcore.checkpoint import checkpoints
 from rlcore.errors import TrainingStopped
-from rlcore.tracking import read_metrics
+from rlcore.runs.checkpoint import checkpoints
+from rlcore.runs.tracking import read_metrics
 from rlcore.trainers import sft
 from rlcore.trainers.grpo import train_grpo
 from rlcore.trainers.sft import train_sft
-from rlcore.trainers.stopping import stop_request
+from rlcore.trainers.shared.stopping import stop_request
 
 
 def send_in_step(monkeypatch, step: int, *signals: signal.Signals) -> None:
@@ -79,7 +79,7 @@ def test_a_second_ctrl_c_stops_at_once_but_not_the_one_that_a_launcher_passes_on
         send_in_step(patched, 2, signal.SIGINT, signal.SIGINT)
         with pytest.raises(TrainingStopped):
             train_sft(config)
-    monkeypatch.setattr("rlcore.trainers.stopping._ONE_CTRL_C", 0.0)
+    monkeypatch.setattr("rlcore.trainers.shared.stopping._ONE_CTRL_C", 0.0)
     send_in_step(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as caught:
         train_sft(dataclasses.replace(config, resume=True))

@@ -9,7 +9,7 @@ import triton.language as tl
 from helpers.cases import batch, flat, policy_inputs
 
 import rlcore as rl
-from rlcore.kernels.surrogates import SURROGATES
+from rlcore.kernels.formulas.surrogates import SURROGATES
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from helpers.surrogates import OPTIONS
 from torch import Tensor
 
 import rlcore as rl
-from rlcore.kernels.surrogates import LEVELS, SURROGATES, PolicyOptions
+from rlcore.kernels.formulas.surrogates import LEVELS, SURROGATES, PolicyOptions
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 AT = [(name, level) for name, entry in SURROGATES.items() for level in entry.levels]

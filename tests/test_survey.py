@@ -9,13 +9,12 @@ import json
 import pytest
 from rich.console import Console
 
-from rlcore import survey
-from rlcore.checkpoint import checkpoints
-from rlcore.demo import DemoConfig, demo
+from rlcore.demo import arithmetic, survey
+from rlcore.demo.demo import DemoConfig, demo
+from rlcore.demo.survey import METHODS, SAMPLES, Measurement, Outcome, run_survey
+from rlcore.demo.survey_report import Survey, show
 from rlcore.errors import UserError
-from rlcore.survey import METHODS, SAMPLES, Measurement, Outcome, run_survey
-from rlcore.survey_report import Survey, show
-from rlcore.tasks import arithmetic
+from rlcore.runs.checkpoint import checkpoints
 from rlcore.trainers.dpo import DPOConfig
 
 

@@ -15,18 +15,18 @@ from helpers.tiny import tiny_model
 from helpers.vocabularies import BOS, EOS, TEMPLATES, VOCABULARIES, vocabulary
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from rlcore import rollout
-from rlcore.chat import answer_text
-from rlcore.encoding import encode_examples, encode_prompts
-from rlcore.ends import end_ids, end_of_turn, end_tokens, missing_end
+from rlcore.data.chat import answer_text
+from rlcore.data.encoding import encode_examples, encode_prompts
+from rlcore.data.ends import end_ids, end_of_turn, end_tokens, missing_end
+from rlcore.data.pairs import load_pairs
+from rlcore.data.rows import Part, Rows
+from rlcore.data.tokens import mid_text, plain_ids
 from rlcore.errors import UserError
 from rlcore.merge import MergeConfig, merge
-from rlcore.models import load_classifier, load_tokenizer
-from rlcore.pairs import load_pairs
-from rlcore.reward_model import RewardModel
-from rlcore.rollout import generate
-from rlcore.rows import Part, Rows
-from rlcore.tokens import mid_text, plain_ids
+from rlcore.models.loading import load_classifier, load_tokenizer
+from rlcore.models.reward_model import RewardModel
+from rlcore.sampling import rollout
+from rlcore.sampling.rollout import generate
 from rlcore.trainers import sft
 from rlcore.trainers.reward_model import load_ended_pairs
 from rlcore.trainers.sft import SFTConfig, train_sft

@@ -9,10 +9,10 @@ import math
 import pytest
 from rich.console import Console
 
-from rlcore import tracking
-from rlcore.display import clock, short, trend
 from rlcore.errors import UserError
-from rlcore.tracking import Tracker, check_report_to, read_metrics
+from rlcore.runs import tracking
+from rlcore.runs.display import clock, short, trend
+from rlcore.runs.tracking import Tracker, check_report_to, read_metrics
 
 
 def console(terminal: bool = False) -> Console:

@@ -11,8 +11,8 @@ from helpers import actor_critic, grpo
 from helpers.tiny import save_tiny, tiny_model
 
 from rlcore.errors import TrainingDiverged, UserError
-from rlcore.natural_gradient import Fisher
 from rlcore.trainers import trpo
+from rlcore.trainers.shared.natural_gradient import Fisher
 from rlcore.trainers.trpo import (
     TRPOConfig,
     _policy,

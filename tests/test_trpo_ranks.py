@@ -8,7 +8,7 @@ from helpers import two_trust_regions
 from helpers.ranks import launch_two
 from helpers.tiny import tiny_model
 
-from rlcore.tracking import read_metrics
+from rlcore.runs.tracking import read_metrics
 
 
 @pytest.fixture(scope="module")

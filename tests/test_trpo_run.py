@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from rlcore.cli import main
 from rlcore.errors import TrainingDiverged, UserError
-from rlcore.tracking import read_metrics
+from rlcore.runs.tracking import read_metrics
 from rlcore.trainers import trpo
+from rlcore.trainers.options.trpo import ADVANTAGES
 from rlcore.trainers.trpo import TRPOConfig, train_trpo
-from rlcore.trainers.trpo_config import ADVANTAGES
 
 
 def digits(prompts, completions, **_):

@@ -7,7 +7,7 @@ import torch
 from helpers.ranks import launch_two
 from helpers.uneven_shares import HELD_OUT, assert_same_step, every_run, write_data
 
-from rlcore.models import load_policy
+from rlcore.models.loading import load_policy
 
 RUNS = [
     *(f"{name}{n}" for n in HELD_OUT for name in ("sft", "dpo", "precomputed", "reward_model")),

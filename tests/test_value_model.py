@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 from rlcore.errors import UserError
-from rlcore.heads import choose_head
-from rlcore.trainers.values import Critic, load_critic, predict_values
-from rlcore.value_model import ValueModel, load_value_model
+from rlcore.models.heads import choose_head
+from rlcore.models.value_model import ValueModel, load_value_model
+from rlcore.trainers.shared.critic import Critic, load_critic, predict_values
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:

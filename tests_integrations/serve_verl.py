@@ -3,8 +3,8 @@
 import verl.trainer.ppo.core_algos as core
 
 from rlcore.integrations import verl as rl_verl
-from rlcore.integrations.verl_advantages import ESTIMATORS, gae
-from rlcore.integrations.verl_losses import make_policy_loss
+from rlcore.integrations.verl.advantages import ESTIMATORS, gae
+from rlcore.integrations.verl.losses import make_policy_loss
 
 rl_verl.register()
 core.compute_gae_advantage_return = gae

@@ -17,8 +17,10 @@ from trl_runs import assert_same, make_trainer, run
 
 import rlcore as rl
 from rlcore.integrations import trl as rl_trl
-from rlcore.integrations import trl_head, trl_plans, trl_policy
 from rlcore.integrations.trl import ChangedPeer
+from rlcore.integrations.trl import head as trl_head
+from rlcore.integrations.trl import plans as trl_plans
+from rlcore.integrations.trl import policy as trl_policy
 
 HAS_KERNEL = hasattr(utils, "add_fused_lm_head")
 kernel_only = pytest.mark.skipif(not HAS_KERNEL, reason="this TRL has no chunked head")

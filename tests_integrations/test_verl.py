@@ -9,7 +9,7 @@ import verl.trainer.ppo.core_algos as core
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from rlcore.integrations import verl as rl_verl
-from rlcore.integrations.verl_losses import LOSSES
+from rlcore.integrations.verl.losses import LOSSES
 
 VERSION = tuple(int(part) for part in verl.__version__.split(".")[:3])
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlcore.bench.cases import Case
-from rlcore.bench.contestants import Contestant
+from rlcore.bench.contestants.rows import Contestant
 from rlcore.bench.operations import Inputs, Operation
 
 # Largest error that passes. bfloat16 rounds a log-probability of -12 by 0.03, which is the peers'

@@ -18,7 +18,7 @@ import torch
 
 from rlcore.bench.cases import Case
 from rlcore.bench.checking import call, with_leaves
-from rlcore.bench.contestants import contestants
+from rlcore.bench.contestants.rows import contestants
 from rlcore.bench.operations import OPERATIONS, Inputs
 
 

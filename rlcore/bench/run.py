@@ -15,15 +15,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlcore.bench import floors, machine, memory, results, steps, timing
+from rlcore.bench import floors, machine, memory, timing
 from rlcore.bench.cases import Case, select
 from rlcore.bench.checking import TOLERANCES, Truth, call, gradients, with_leaves
-from rlcore.bench.contestants import Contestant, contestants, names
+from rlcore.bench.contestants import steps
+from rlcore.bench.contestants.rows import Contestant, contestants, names
 from rlcore.bench.operations import OPERATIONS, Inputs, Operation
-from rlcore.bench.results import NOT_RUN, Results, Row
-from rlcore.bench.tables import fastest_first, row_cells
+from rlcore.bench.results import results
+from rlcore.bench.results.results import NOT_RUN, Results, Row
+from rlcore.bench.results.tables import fastest_first, row_cells
 from rlcore.errors import UserError, unknown_name
-from rlcore.ranges import Count, NotNegative, Range, check_ranges
+from rlcore.runs.ranges import Count, NotNegative, Range, check_ranges
 
 # below so many logits, what a call takes is the host's time to issue it
 MOST_IDLE_LOGITS = 1 << 16

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlcore.functional.losses import pairwise_reward_loss, value_loss
+from rlcore.kernels.formulas.sequence_ratio import sequence_mean
 from rlcore.kernels.limits import log_ratio
-from rlcore.kernels.preference_loss import preference_loss
-from rlcore.kernels.sequence_ratio import sequence_mean
-from rlcore.kernels.token_logprob import token_logprob
-from rlcore.losses import pairwise_reward_loss, value_loss
+from rlcore.kernels.pairs.preference_loss import preference_loss
+from rlcore.kernels.rows.token_logprob import token_logprob
 
 from .bindings import NamePatch, require_signature
 from .logp_loss import policy_loss_from_logp

@@ -20,14 +20,19 @@ from typing import Any
 import torch
 
 import rlcore as rl
-from rlcore.encoding import Batch
-from rlcore.forward import evaluating
-from rlcore.heads import without_padding
-from rlcore.models import load_policy, load_tokenizer
-from rlcore.pairs import Pair, collate_pairs, load_pairs
-from rlcore.rewards import RewardFunction
-from rlcore.rollout import check_sampling
-from rlcore.trainers.common import (
+from rlcore.data.encoding import Batch
+from rlcore.data.pairs import Pair, collate_pairs, load_pairs
+from rlcore.models.forward import evaluating
+from rlcore.models.heads import without_padding
+from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.sampling.rewards import RewardFunction
+from rlcore.sampling.rollout import check_sampling
+from rlcore.trainers.options.dpo import DPOConfig, check_dpo_config
+from rlcore.trainers.shared.collect import Judge, collect, evaluate, make_judge
+from rlcore.trainers.shared.loading import Data, load_data, load_prompts
+from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.policies import Policy, as_reference, load_wanted_reference
+from rlcore.trainers.shared.run import (
     Result,
     Run,
     batch_indices,
@@ -43,11 +48,6 @@ from rlcore.trainers.common import (
     tracking,
     wants_evaluation,
 )
-from rlcore.trainers.dpo_config import DPOConfig, check_dpo_config
-from rlcore.trainers.loading import Data, load_data, load_prompts
-from rlcore.trainers.metrics import Clock, Log, Means
-from rlcore.trainers.policies import Policy, as_reference, load_wanted_reference
-from rlcore.trainers.sampling import Judge, collect, evaluate, make_judge
 
 __all__ = ["DPOConfig", "train_dpo"]
 

@@ -18,11 +18,26 @@ from typing import Any
 import torch
 
 import rlcore as rl
-from rlcore.advantages import group_advantage
-from rlcore.models import load_policy, load_tokenizer
-from rlcore.rewards import RewardFunction
-from rlcore.rollout import check_sampling
-from rlcore.trainers.common import (
+from rlcore.functional.advantages import group_advantage
+from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.sampling.rewards import RewardFunction
+from rlcore.sampling.rollout import check_sampling
+from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig, check_grpo_config
+from rlcore.trainers.shared.collect import collect, evaluate, make_judge
+from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.loading import load_prompts
+from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.policies import (
+    Policy,
+    as_reference,
+    clip_ratios,
+    completion_logp,
+    counted_items,
+    load_wanted_reference,
+    micro_batches,
+    shuffled_rows,
+)
+from rlcore.trainers.shared.run import (
     Result,
     Run,
     batch_indices,
@@ -36,21 +51,6 @@ from rlcore.trainers.common import (
     tracking,
     wants_evaluation,
 )
-from rlcore.trainers.experience import Experience
-from rlcore.trainers.grpo_config import LOSS_TYPES, GRPOConfig, check_grpo_config
-from rlcore.trainers.loading import load_prompts
-from rlcore.trainers.metrics import Clock, Log, Means
-from rlcore.trainers.policies import (
-    Policy,
-    as_reference,
-    clip_ratios,
-    completion_logp,
-    counted_items,
-    load_wanted_reference,
-    micro_batches,
-    shuffled_rows,
-)
-from rlcore.trainers.sampling import collect, evaluate, make_judge
 
 __all__ = ["GRPOConfig", "train_grpo"]
 

@@ -18,11 +18,34 @@ from typing import Any
 import torch
 
 import rlcore as rl
-from rlcore.advantages import leave_one_out_advantage
-from rlcore.models import load_policy, load_tokenizer
-from rlcore.rewards import RewardFunction
-from rlcore.rollout import check_sampling
-from rlcore.trainers.common import (
+from rlcore.functional.advantages import leave_one_out_advantage
+from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.sampling.rewards import RewardFunction
+from rlcore.sampling.rollout import check_sampling
+from rlcore.trainers.options.pg import PGConfig, check_pg_config
+from rlcore.trainers.shared.collect import Sampled, collect, evaluate, make_judge
+from rlcore.trainers.shared.credit import everywhere, judged_only, mine, token_reward, whitened
+from rlcore.trainers.shared.critic import (
+    Critic,
+    actor_critic_step,
+    clipped_value_loss,
+    explained_variance,
+    load_critic,
+    predict_values,
+    value_step,
+)
+from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.loading import load_prompts
+from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.policies import (
+    Policy,
+    as_reference,
+    completion_logp,
+    counted_items,
+    load_wanted_reference,
+    micro_batches,
+)
+from rlcore.trainers.shared.run import (
     Result,
     Run,
     batch_indices,
@@ -35,29 +58,6 @@ from rlcore.trainers.common import (
     total_steps,
     tracking,
     wants_evaluation,
-)
-from rlcore.trainers.credit import everywhere, judged_only, mine, token_reward, whitened
-from rlcore.trainers.experience import Experience
-from rlcore.trainers.loading import load_prompts
-from rlcore.trainers.metrics import Clock, Log, Means
-from rlcore.trainers.pg_config import PGConfig, check_pg_config
-from rlcore.trainers.policies import (
-    Policy,
-    as_reference,
-    completion_logp,
-    counted_items,
-    load_wanted_reference,
-    micro_batches,
-)
-from rlcore.trainers.sampling import Sampled, collect, evaluate, make_judge
-from rlcore.trainers.values import (
-    Critic,
-    actor_critic_step,
-    clipped_value_loss,
-    explained_variance,
-    load_critic,
-    predict_values,
-    value_step,
 )
 
 __all__ = ["PGConfig", "train_pg"]

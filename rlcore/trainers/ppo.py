@@ -20,11 +20,27 @@ from typing import Any
 import torch
 
 import rlcore as rl
-from rlcore.controllers import ppo_kl_coef, proportional_kl_coef
-from rlcore.models import load_policy, load_tokenizer
-from rlcore.rewards import RewardFunction
-from rlcore.rollout import check_sampling
-from rlcore.trainers.common import (
+from rlcore.functional.kl_control import ppo_kl_coef, proportional_kl_coef
+from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.sampling.rewards import RewardFunction
+from rlcore.sampling.rollout import check_sampling
+from rlcore.trainers.options.ppo import PPOConfig, check_ppo_config
+from rlcore.trainers.ppo_update import update, warm_up
+from rlcore.trainers.shared.collect import Sampled, collect, evaluate, make_judge
+from rlcore.trainers.shared.credit import judged_only, objective_metrics, token_reward, whitened
+from rlcore.trainers.shared.critic import Critic, explained_variance, load_critic, predict_values
+from rlcore.trainers.shared.divergence import require_finite
+from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.loading import load_prompts
+from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.policies import (
+    Policy,
+    as_reference,
+    completion_logp,
+    load_wanted_reference,
+    shuffled_rows,
+)
+from rlcore.trainers.shared.run import (
     Result,
     Run,
     batch_indices,
@@ -38,22 +54,6 @@ from rlcore.trainers.common import (
     tracking,
     wants_evaluation,
 )
-from rlcore.trainers.credit import judged_only, objective_metrics, token_reward, whitened
-from rlcore.trainers.divergence import require_finite
-from rlcore.trainers.experience import Experience
-from rlcore.trainers.loading import load_prompts
-from rlcore.trainers.metrics import Clock, Log, Means
-from rlcore.trainers.policies import (
-    Policy,
-    as_reference,
-    completion_logp,
-    load_wanted_reference,
-    shuffled_rows,
-)
-from rlcore.trainers.ppo_config import PPOConfig, check_ppo_config
-from rlcore.trainers.ppo_update import update, warm_up
-from rlcore.trainers.sampling import Sampled, collect, evaluate, make_judge
-from rlcore.trainers.values import Critic, explained_variance, load_critic, predict_values
 
 __all__ = ["PPOConfig", "train_ppo"]
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 import rlcore as rl
-from rlcore.trainers.common import Run
-from rlcore.trainers.experience import Experience
-from rlcore.trainers.metrics import Means
-from rlcore.trainers.policies import clip_ratios, counted_items, micro_batches
-from rlcore.trainers.ppo_config import KL_MODES
-from rlcore.trainers.values import Critic, actor_critic_step, clipped_value_loss, value_step
+from rlcore.trainers.options.ppo import KL_MODES
+from rlcore.trainers.shared.critic import Critic, actor_critic_step, clipped_value_loss, value_step
+from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.metrics import Means
+from rlcore.trainers.shared.policies import clip_ratios, counted_items, micro_batches
+from rlcore.trainers.shared.run import Run
 
 
 def update(

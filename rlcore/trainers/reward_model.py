@@ -19,14 +19,17 @@ from typing import Any
 import torch
 
 import rlcore as rl
-from rlcore.encoding import up_to_end
-from rlcore.forward import evaluating
-from rlcore.loaded import Loaded
-from rlcore.models import load_classifier, load_tokenizer
-from rlcore.pairs import Pair, collate_pairs, load_pairs, margins
-from rlcore.ranges import Count, Length, NotNegative, Positive
-from rlcore.reward_model import sequence_scores
-from rlcore.trainers.common import (
+from rlcore.data.encoding import up_to_end
+from rlcore.data.loaded import Loaded
+from rlcore.data.pairs import Pair, collate_pairs, load_pairs, margins
+from rlcore.models.forward import evaluating
+from rlcore.models.loading import load_classifier, load_tokenizer
+from rlcore.models.reward_model import sequence_scores
+from rlcore.runs.ranges import Count, Length, NotNegative, Positive
+from rlcore.trainers.options.base import TrainConfig, check_train_config
+from rlcore.trainers.shared.loading import load_data
+from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.run import (
     Result,
     Run,
     batch_indices,
@@ -41,9 +44,6 @@ from rlcore.trainers.common import (
     tracking,
     wants_evaluation,
 )
-from rlcore.trainers.loading import load_data
-from rlcore.trainers.metrics import Clock, Log, Means
-from rlcore.trainers.train_config import TrainConfig, check_train_config
 
 __all__ = ["RewardModelConfig", "train_reward_model"]
 

@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
-from rlcore.data import SFT_COLUMNS, load_rows
-from rlcore.encoding import Batch, Example, collate, encode_examples
-from rlcore.forward import evaluating
-from rlcore.loaded import Loaded
-from rlcore.models import load_policy, load_tokenizer
-from rlcore.ranges import Length, Positive
-from rlcore.trainers.common import (
+from rlcore.data.encoding import Batch, Example, collate, encode_examples
+from rlcore.data.loaded import Loaded
+from rlcore.data.loading import SFT_COLUMNS, load_rows
+from rlcore.models.forward import evaluating
+from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.runs.ranges import Length, Positive
+from rlcore.trainers.options.base import TrainConfig, check_train_config
+from rlcore.trainers.shared.loading import load_data
+from rlcore.trainers.shared.metrics import Clock, Log
+from rlcore.trainers.shared.run import (
     Result,
     Run,
     batch_indices,
@@ -37,9 +40,6 @@ from rlcore.trainers.common import (
     tracking,
     wants_evaluation,
 )
-from rlcore.trainers.loading import load_data
-from rlcore.trainers.metrics import Clock, Log
-from rlcore.trainers.train_config import TrainConfig, check_train_config
 
 DISPLAYED = ("loss", "learning_rate", "tokens_per_second")
 

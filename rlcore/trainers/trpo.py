@@ -19,9 +19,27 @@ import torch
 
 import rlcore as rl
 from rlcore.errors import UserError
-from rlcore.forward import completion_logits
-from rlcore.models import load_policy, load_tokenizer
-from rlcore.natural_gradient import (
+from rlcore.models.forward import completion_logits
+from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.sampling.rewards import RewardFunction
+from rlcore.sampling.rollout import check_sampling
+from rlcore.trainers.options.schedules import learning_rate_scale
+from rlcore.trainers.options.trpo import ADVANTAGES, TRPOConfig, check_trpo_config
+from rlcore.trainers.shared.collect import Sampled, collect, evaluate, make_judge
+from rlcore.trainers.shared.credit import judged_only, token_reward
+from rlcore.trainers.shared.critic import (
+    Critic,
+    clipped_value_loss,
+    explained_variance,
+    load_critic,
+    predict_values,
+    value_step,
+)
+from rlcore.trainers.shared.divergence import require_finite
+from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.loading import load_prompts
+from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.natural_gradient import (
     Fisher,
     Policy,
     dot,
@@ -29,9 +47,8 @@ from rlcore.natural_gradient import (
     search_step,
     supports_forward_ad,
 )
-from rlcore.rewards import RewardFunction
-from rlcore.rollout import check_sampling
-from rlcore.trainers.common import (
+from rlcore.trainers.shared.policies import counted_items, micro_batches
+from rlcore.trainers.shared.run import (
     Result,
     Run,
     batch_indices,
@@ -44,23 +61,6 @@ from rlcore.trainers.common import (
     total_steps,
     tracking,
     wants_evaluation,
-)
-from rlcore.trainers.credit import judged_only, token_reward
-from rlcore.trainers.divergence import require_finite
-from rlcore.trainers.experience import Experience
-from rlcore.trainers.loading import load_prompts
-from rlcore.trainers.metrics import Clock, Log, Means
-from rlcore.trainers.policies import counted_items, micro_batches
-from rlcore.trainers.sampling import Sampled, collect, evaluate, make_judge
-from rlcore.trainers.schedules import learning_rate_scale
-from rlcore.trainers.trpo_config import ADVANTAGES, TRPOConfig, check_trpo_config
-from rlcore.trainers.values import (
-    Critic,
-    clipped_value_loss,
-    explained_variance,
-    load_critic,
-    predict_values,
-    value_step,
 )
 
 __all__ = ["TRPOConfig", "train_trpo"]

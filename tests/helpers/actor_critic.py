@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rlcore.trainers.common import Run
-from rlcore.trainers.experience import Experience
-from rlcore.trainers.pg_config import PGConfig
-from rlcore.trainers.ppo_config import PPOConfig
-from rlcore.trainers.values import Critic
-from rlcore.value_model import ValueHead, ValueModel
+from rlcore.models.value_model import ValueHead, ValueModel
+from rlcore.trainers.options.pg import PGConfig
+from rlcore.trainers.options.ppo import PPOConfig
+from rlcore.trainers.shared.critic import Critic
+from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.run import Run
 
 from . import grpo as make
 from .tiny import tiny_model

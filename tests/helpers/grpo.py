@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from rlcore.forward import position_ids
-from rlcore.trainers.common import Run, make_accelerator, make_optimizer
-from rlcore.trainers.experience import Experience
-from rlcore.trainers.grpo_config import LOSS_TYPES, GRPOConfig
+from rlcore.models.forward import position_ids
+from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig
+from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.run import Run, make_accelerator, make_optimizer
 
 from . import oracle
 from .tiny import tiny_model, tiny_tokenizer

@@ -21,6 +21,8 @@ from types import ModuleType
 
 from triton.runtime.errors import InterpreterError
 
+import rlcore
+
 # how a check refuses: by its own assertion, or by one that the interpreter makes inside a kernel
 REFUSALS = (AssertionError, InterpreterError)
 TESTS = Path(__file__).resolve().parents[1]
@@ -72,7 +74,7 @@ def load_kernels(folder: Path, mutant: Mutant | None = None) -> ModuleType:
     shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
     if mutant is not None:
         mutant.apply(copy)
-    for path in copy.glob("*.py"):
+    for path in copy.rglob("*.py"):
         text = path.read_text().replace('"rlcore::', f'"{package.__name__}::')
         path.write_text(text.replace("torch.ops.rlcore.", f"torch.ops.{package.__name__}."))
     package.__path__ = [str(copy)]
@@ -81,8 +83,9 @@ def load_kernels(folder: Path, mutant: Mutant | None = None) -> ModuleType:
 
 
 def function(package: ModuleType, name: str):
-    """The public function `name` of the module `name` in a package of kernels."""
-    return getattr(importlib.import_module(f"{package.__name__}.{name}"), name)
+    """What `package`, a copy of kernels/, has for rl.`name`."""
+    home = rlcore._HOMES[name].removeprefix("kernels.")
+    return getattr(importlib.import_module(f"{package.__name__}.{home}"), name)
 
 
 def unload() -> None:

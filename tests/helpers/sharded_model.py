@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rlcore as rl
 from helpers.tiny import tiny_model
-from rlcore.forward import unwrapped
+from rlcore.models.forward import unwrapped
 
 # what is sharded apart, before the root takes the rest
 WAYS = {

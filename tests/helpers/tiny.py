@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlcore.tasks.arithmetic import make_tokenizer
+from rlcore.demo.arithmetic import make_tokenizer
 
 SIZES = {
     "hidden_size": 32,

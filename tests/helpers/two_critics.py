@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers import actor_critic as make
 from helpers import grpo as grpo_make
 from helpers.tiny import PROMPTS, save_tiny
-from rlcore.trainers.credit import whitened
 from rlcore.trainers.pg import PGConfig, train_pg
 from rlcore.trainers.ppo import PPOConfig, train_ppo
 from rlcore.trainers.ppo_update import update
+from rlcore.trainers.shared.credit import whitened
 
 HALF = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers.tiny import PROMPTS, save_tiny
-from rlcore import checkpoint
+from rlcore.runs import checkpoint
 from rlcore.trainers import (
     DPOConfig,
     GRPOConfig,
@@ -36,7 +36,7 @@ from rlcore.trainers import (
     train_sft,
     train_trpo,
 )
-from rlcore.trainers.common import Result
+from rlcore.trainers.shared.run import Result
 
 HELD_OUT = (1, 3)  # rows: one process has none; one has a batch more
 SAMPLING = {

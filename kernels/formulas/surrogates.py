@@ -1,0 +1,139 @@
+"""The table of policy-gradient surrogates, and a token's policy loss made from one of them.
+
+A new surrogate is one pair of formulas and one row in SURROGATES (a user's: `register_surrogate`);
+every kernel, backend and trainer then knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..limits import held, times
+from . import token_losses as formulas
+from .kl import policy_kl_terms
+
+LEVELS = ("token", "sequence")
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A row of the table.
+
+    Args:
+        torch: (logp, old_logp, advantage, parameters) -> (loss, dlogp, clipped), elementwise.
+        triton: the jitted twin; None = served by the torch formula on every backend.
+        parameters: names of the scalars the formulas take, in order: of "epsilon",
+            "epsilon_high", "delta" (arguments of every policy loss) and its own.
+        defaults: values of its own parameters where surrogate_params leaves them out.
+        positive: its own parameters that must be positive.
+        explicit: those of every policy loss that it takes no default of: they must be given.
+        needs_advantage: whether a token of advantage 0 has no gradient, so needs no computing.
+        has_ratio: False where the formula has no importance ratio, so takes no old_logp.
+        levels: the importance_sampling_levels that it is defined at.
+        clip_token: at sequence level, what becomes of each token's log-ratio before the mean:
+            (log_ratio, advantage, parameters) -> (log_ratio, clipped).
+    """
+
+    torch: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    triton: Callable | None
+    parameters: tuple[str, ...] = ()
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    positive: tuple[str, ...] = ()
+    explicit: tuple[str, ...] = ()
+    needs_advantage: bool = True
+    has_ratio: bool = True
+    levels: tuple[str, ...] = LEVELS
+    clip_token: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+
+CLIP = ("epsilon", "epsilon_high")
+TOKEN, SEQUENCE = LEVELS[:1], LEVELS[1:]
+
+SURROGATES: dict[str, Surrogate] = {
+    "reinforce": Surrogate(
+        formulas.reinforce, formulas._reinforce, has_ratio=False, levels=TOKEN
+    ),
+    "ppo_clip": Surrogate(formulas.ppo_clip, formulas._ppo_clip, (*CLIP, "delta")),
+    "ppo_penalty": Surrogate(
+        formulas.ppo_penalty, formulas._ppo_penalty, ("kl_coef",), {"kl_coef": 1.0},
+        needs_advantage=False, levels=TOKEN,
+    ),
+    "cispo": Surrogate(formulas.cispo, formulas._cispo, CLIP),
+    "cispo_abs": Surrogate(
+        formulas.cispo_abs, formulas._cispo_abs, CLIP[1:], explicit=("epsilon_high",)
+    ),
+    "sapo": Surrogate(
+        formulas.sapo, formulas._sapo, ("tau_pos", "tau_neg"), {"tau_pos": 1.0, "tau_neg": 1.05},
+        positive=("tau_pos", "tau_neg"),
+    ),
+    "gmpo": Surrogate(
+        formulas.gmpo, None, CLIP, levels=SEQUENCE, clip_token=formulas.gmpo_clip
+    ),
+    "dppo_tv": Surrogate(formulas.dppo_tv, formulas._dppo_tv, CLIP, levels=TOKEN),
+    "dppo_kl": Surrogate(formulas.dppo_kl, formulas._dppo_kl, CLIP, levels=TOKEN),
+    "kl_cov": Surrogate(
+        formulas.kl_cov, formulas._kl_cov, ("kl_coef",), {"kl_coef": 1.0},
+        needs_advantage=False, levels=TOKEN,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What a token's policy loss is made of; `parameters` belong to the surrogate, in its order."""
+
+    surrogate: str
+    parameters: tuple[float, ...]
+    kl_estimator: str
+    beta: float
+    entropy_coef: float
+    importance_sampling_level: str = "token"
+
+    def knows_derivative(self, backend: str) -> bool:
+        """Whether a token's dloss/dlogp follows from the token alone, by a formula of `backend`."""
+        has_formula = backend == "torch" or SURROGATES[self.surrogate].triton is not None
+        return has_formula and self.importance_sampling_level == "token"
+
+
+class PolicyTerms(NamedTuple):
+    """A token's loss, dloss/dlogp (dloss/dentropy is -entropy_coef), KL estimate and clipping."""
+
+    loss: Tensor
+    dlogp: Tensor
+    kl: Tensor | None
+    clipped: Tensor
+
+
+def policy_terms(
+    logp: Tensor,
+    entropy: Tensor,
+    advantage: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    importance_sampling_ratio: Tensor | None,
+    options: PolicyOptions,
+) -> PolicyTerms:
+    """loss = ratio_is * surrogate + beta * KL(pi || ref) - entropy_coef * H, elementwise.
+
+    Without old_logp the sampling policy is the present one: its value, not its gradient. What
+    lies beyond the dtype is its largest number, so that tokens of both signs add up.
+    """
+    old_logp = logp.detach() if old_logp is None else old_logp
+    formula = SURROGATES[options.surrogate].torch
+    loss, dlogp, clipped = formula(logp, old_logp, advantage, options.parameters)
+    if importance_sampling_ratio is not None:
+        loss, dlogp = (times(importance_sampling_ratio, x) for x in (loss, dlogp))
+    kl = None
+    if ref_logp is not None:
+        kl, dkl = policy_kl_terms(logp, old_logp, ref_logp, options.kl_estimator)
+        if options.beta:
+            # the surrogate and the KL may overflow towards either side
+            loss = held(loss) + held(options.beta * kl)
+            dlogp = held(dlogp) + held(options.beta * dkl)
+    if options.entropy_coef:
+        loss = loss - options.entropy_coef * entropy
+    return PolicyTerms(held(loss), held(dlogp), kl, clipped)

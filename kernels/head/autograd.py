@@ -1,0 +1,75 @@
+"""The fused head in eager mode: autograd functions around the passes of linear_passes.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .chunks import Run
+from .token_passes import logprob_backward, logprob_pass, policy_pass, scale_unit_gradient
+
+
+class LinearPolicyLoss(torch.autograd.Function):
+    """The forward makes the gradients, the backward scales and hands them out."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, *arguments):
+        (loss, *rest), gradients = policy_pass(hidden, weight, bias, *arguments)
+        ctx.save_for_backward(*gradients)
+        ctx.inputs = 3 + len(arguments)
+        ctx.mark_non_differentiable(*(t for t in rest if t is not None))
+        ctx.set_materialize_grads(False)
+        return loss.sum(), *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, *_):
+        if dloss is None:
+            return (None,) * ctx.inputs
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        # autograd rounds them to their inputs' dtypes, which they may be wider than
+        gradients = [None if g is None else _scaled(g, dloss, keep) for g in ctx.saved_tensors]
+        return *gradients, *(None,) * (ctx.inputs - 3)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, keep: bool) -> Tensor:
+    """gradient * scale, in its own memory unless it must be kept for another backward."""
+    if keep:
+        return gradient * scale
+    if scale.device.type == "cpu" and scale == 1:
+        return gradient
+    return gradient.mul_(scale)
+
+
+class LinearTokenLogprob(torch.autograd.Function):
+    """(logp, entropy | None, lse), differentiable by recomputing or by what the plan has kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, mask, with_entropy, run: Run):
+        statistics, saved = logprob_pass(hidden, weight, bias, target, mask, with_entropy, run)
+        logp, entropy, lse, row_max, log_sum = statistics
+        statistics = (logp, entropy, row_max, log_sum)
+        ctx.save_for_backward(hidden, weight, bias, target, mask, *statistics, *saved)
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        return logp, entropy, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogp, dentropy, dlse):
+        hidden, weight, bias, target, mask, *statistics = ctx.saved_tensors
+        statistics, saved = statistics[:4], statistics[4:]
+        given = [dlogp, dlse, dentropy]
+        if all(g is None for g in given):
+            gradients = [None] * 3
+        elif ctx.run.plan.strategy == "unit-gradient":
+            head = ctx.run.head
+            gradients = [scale_unit_gradient(weight, target, mask, saved, dlogp, dlse, head)]
+            gradients += [None, None]
+        else:
+            kept = saved[0] if saved else None
+            gradients = logprob_backward(
+                hidden, weight, bias, target, mask, statistics, kept, given, ctx.run
+            )
+        return *gradients, *(None,) * 4

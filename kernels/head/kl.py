@@ -1,0 +1,265 @@
+"""The exact KL between two heads' distributions from their hidden states, without the logits.
+
+    KL(p || q) = sum_j p_j (log p_j - log q_j),   p = softmax(a / T),   q = softmax(b / T)
+    a = head_p(p_hidden),   b = head_q(q_hidden),   dhidden = ds W,   dW = ds^T hidden
+
+A chunk of tokens makes both heads' logits (fp32); one row kernel turns them into the KL, or into
+both gradients at once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backend import resolve_backend
+from ..blocks import statistics_dtype
+from ..checks import check_finite, check_positive, checks_types
+from ..rows.categorical_kl import check_logits, check_mask
+from ..triton_backend.categorical_kl import accumulator_dtype
+from .chunks import Run
+from .inputs import prepare_head
+from .kl_passes import kl_backward, kl_pass, make_pair_plan, scale_unit_gradients
+from .products import Head
+from .tokens import _is_plain, _needs
+
+
+class _LinearCategoricalKL(torch.autograd.Function):
+    """The short way of eager mode."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, runs = arguments
+        statistics, saved = kl_pass(*tensors, runs)
+        ctx.save_for_backward(*tensors, *statistics, *saved)
+        ctx.runs = runs
+        return statistics[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dkl):
+        tensors, statistics = ctx.saved_tensors[:7], ctx.saved_tensors[7:12]
+        saved = ctx.saved_tensors[12:]
+        if ctx.runs[0].plan.strategy == "unit-gradient":
+            gradients = scale_unit_gradients(saved, tensors[6], dkl)
+        else:
+            gradients = kl_backward(*tensors, statistics, saved, dkl, ctx.runs)
+        return *gradients, None, None
+
+
+def _make_runs(
+    matrices: list[tuple[Tensor, Tensor]],
+    heads: list[Head],
+    needs: list[tuple[bool, bool, bool]],
+    chunk_bytes: int | None,
+    backend: str,
+    keeps: bool,
+) -> tuple[Run, Run]:
+    plan = make_pair_plan(
+        matrices, needs, softcaps=[head.softcap for head in heads], chunk_bytes=chunk_bytes,
+        keeps=keeps,
+    )  # fmt: skip
+    return tuple(Run(head, plan, need, backend) for head, need in zip(heads, needs, strict=True))
+
+
+def _op_runs(p_hidden, p_weight, q_hidden, q_weight, options: tuple) -> tuple[Run, Run]:
+    """An operator's way through its tokens: it keeps nothing but what it returns."""
+    temperature, p_softcap, p_scale, q_softcap, q_scale, chunk_bytes, needs, backend = options
+    heads = [Head(temperature, p_softcap, p_scale), Head(temperature, q_softcap, q_scale)]
+    matrices = [(p_hidden, p_weight), (q_hidden, q_weight)]
+    return _make_runs(
+        matrices, heads, [tuple(needs[:3]), tuple(needs[3:])], chunk_bytes, backend, False
+    )
+
+
+@torch.library.custom_op("rlcore::linear_categorical_kl", mutates_args=())
+def linear_categorical_kl_op(
+    p_hidden: Tensor,
+    p_weight: Tensor,
+    p_bias: Tensor | None,
+    q_hidden: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    mask: Tensor,
+    temperature: float,
+    p_softcap: float | None,
+    p_logit_scale: float,
+    q_softcap: float | None,
+    q_logit_scale: float,
+    chunk_bytes: int | None,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(KL, max a, log P, max b, log Q); the last four are empty from the torch backend."""
+    options = (temperature, p_softcap, p_logit_scale, q_softcap, q_logit_scale)
+    options += (chunk_bytes, needs, backend)
+    runs = _op_runs(p_hidden, p_weight, q_hidden, q_weight, options)
+    tensors = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask)
+    (kl, *rest), _ = kl_pass(*tensors, runs)
+    return kl, *(kl.new_empty(0) if part is None else part for part in rest)
+
+
+@linear_categorical_kl_op.register_fake
+def _(p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask, *options):
+    dtype = accumulator_dtype(p_hidden, q_hidden)
+    shapes = [mask.shape] + [mask.shape if options[-1] == "triton" else (0,)] * 4
+    return tuple(torch.empty(shape, dtype=dtype, device=mask.device) for shape in shapes)
+
+
+@torch.library.custom_op("rlcore::linear_categorical_kl_backward", mutates_args=())
+def linear_categorical_kl_backward_op(
+    p_hidden: Tensor,
+    p_weight: Tensor,
+    p_bias: Tensor | None,
+    q_hidden: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    mask: Tensor,
+    statistics: list[Tensor],
+    dkl: Tensor,
+    temperature: float,
+    p_softcap: float | None,
+    p_logit_scale: float,
+    q_softcap: float | None,
+    q_logit_scale: float,
+    chunk_bytes: int | None,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of p's hidden, weight and bias, then of q's; empty where unneeded."""
+    options = (temperature, p_softcap, p_logit_scale, q_softcap, q_logit_scale)
+    options += (chunk_bytes, needs, backend)
+    runs = _op_runs(p_hidden, p_weight, q_hidden, q_weight, options)
+    tensors = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask)
+    statistics = [s if s.numel() == mask.numel() else None for s in statistics]
+    gradients = kl_backward(*tensors, statistics, (None, None), dkl, runs)
+    return tuple(dkl.new_empty(0) if g is None else g for g in gradients)
+
+
+@linear_categorical_kl_backward_op.register_fake
+def _(p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask, statistics, dkl, *options):
+    like = {"memory_format": torch.contiguous_format}
+    gradients = []
+    for hidden, weight, bias in ((p_hidden, p_weight, p_bias), (q_hidden, q_weight, q_bias)):
+        gradients += [partial(torch.empty_like, tensor, **like) for tensor in (hidden, weight)]
+        gradients.append(partial(torch.empty_like, bias, dtype=statistics_dtype(weight), **like))
+    return tuple(
+        gradient() if need else dkl.new_empty(0)
+        for gradient, need in zip(gradients, options[-2], strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.options = inputs[7:]
+
+
+def _op_backward(ctx, dkl, *_):
+    needs = ctx.options[-2]
+    gradients = linear_categorical_kl_backward_op(
+        *ctx.saved_tensors[:7], ctx.saved_tensors[7:], dkl, *ctx.options
+    )
+    given = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return *given, *(None,) * 9
+
+
+linear_categorical_kl_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+@checks_types
+def linear_categorical_kl(
+    p_hidden: Tensor,
+    p_weight: Tensor,
+    q_hidden: Tensor,
+    q_weight: Tensor,
+    *,
+    p_bias: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    p_softcap: float | None = None,
+    q_softcap: float | None = None,
+    p_logit_scale: float = 1.0,
+    q_logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`categorical_kl` of two heads' logits, from their inputs, without the logits.
+
+    KL(p || q) over the full vocabulary, p = softmax(z / temperature) with z the logits that
+    `linear_token_logprob` describes, from p_hidden, p_weight, p_bias, p_softcap and p_logit_scale;
+    q likewise. So a policy's exact KL to its reference (arXiv:1909.08593 eq. 2), or a student's
+    to its teacher, takes the memory of a chunk.
+
+    With N counted tokens and H the sum of both hidden sizes, the forward takes 2 N H V operations.
+    Where nothing needs a gradient that is all. Where hidden states alone do (frozen heads), their
+    gradients are made in the forward, up to each token's factor. Otherwise the backward makes the
+    logits of both again, 2 N H V, unless all fit `chunk_bytes`. Each gradient of a side's hidden
+    or weight takes 2 N V times that side's hidden size; a side without gradients, a frozen
+    reference's, has no such product and no memory for a gradient.
+
+    Args:
+        p_hidden, q_hidden: (N, H) or (B, T, H), float32, bfloat16, float16 or float64, of the
+            same leading shape; the two sides may differ in H and in dtype.
+        p_weight, q_weight: (V, H), the heads' weights, of the same V.
+        p_bias, q_bias: (V,) or None.
+        p_softcap, q_softcap, p_logit_scale, q_logit_scale: positive; a softcap None = none.
+        temperature: positive; divides the logits of both.
+        mask: bool (N,) or (B, T), true = the token counts; others give 0, cost no product, and
+            may hold anything. None = every token counts.
+        chunk_bytes: budget for the logits and their gradients that exist at one time; None = 64
+            MiB on a CPU, 768 MiB elsewhere; below one token's, one token at a time.
+        backend: "triton", "torch", or None: see `use_backend`.
+
+    Returns:
+        (N,) or (B, T), in nats, float32 (float64 where either hidden is), differentiable once in
+        hidden, weight and bias of both sides. A bias of -inf bans a token as in `categorical_kl`.
+
+    Raises:
+        ValueError: a wrong or different shape, a wrong dtype, device or range; a layer in the
+            place of its weight.
+    """
+    check_logits("p_hidden", p_hidden, "H")
+    check_logits("q_hidden", q_hidden, "H")
+    shape = p_hidden.shape[:-1]
+    if q_hidden.shape[:-1] != shape or q_hidden.device != p_hidden.device:
+        raise ValueError(
+            f"q_hidden must have the leading shape and the device of p_hidden, {tuple(shape)} on "
+            f"'{p_hidden.device}', got {tuple(q_hidden.shape[:-1])} on '{q_hidden.device}'"
+        )
+    mask = check_mask(mask, p_hidden, "p_hidden")
+    check_positive(temperature=temperature)
+    check_finite(temperature=temperature)
+    backend = resolve_backend(backend, p_hidden)
+    *p, p_head = _prepare("p", p_hidden, p_weight, p_bias, p_softcap, p_logit_scale, temperature)
+    *q, q_head = _prepare("q", q_hidden, q_weight, q_bias, q_softcap, q_logit_scale, temperature)
+    if len(p[1]) != len(q[1]):
+        raise ValueError(
+            "p_weight and q_weight must have the same vocabulary as rows, got "
+            f"{tuple(p[1].shape)} and {tuple(q[1].shape)}"
+        )
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=p_hidden.device)
+    needs = [_needs(*p), _needs(*q)]
+    tensors = (*p, *q, mask.view(-1))
+    if not _is_plain(*tensors):
+        kl = linear_categorical_kl_op(
+            *tensors, p_head.temperature, p_head.softcap, p_head.logit_scale, q_head.softcap,
+            q_head.logit_scale, chunk_bytes, [*needs[0], *needs[1]], backend,
+        )[0]  # fmt: skip
+        return kl.view(shape)
+    runs = _make_runs([p[:2], q[:2]], [p_head, q_head], needs, chunk_bytes, backend, True)
+    return _LinearCategoricalKL.apply(*tensors, runs).view(shape)
+
+
+def _prepare(side: str, hidden, weight, bias, softcap, logit_scale, temperature):
+    """hidden (N, H), weight, bias and the head's form of one side, which an error names."""
+    try:
+        return prepare_head(
+            hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+        )
+    except ValueError as error:
+        raise ValueError(f"{side}_{error}") from error

@@ -1,0 +1,1 @@
+"""Whole answers (B,): preference losses and KTO."""

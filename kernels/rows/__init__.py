@@ -1,0 +1,1 @@
+"""From logits (N, V): public function, autograd, operator."""

@@ -1,0 +1,442 @@
+"""Logits to the policy loss and its gradient: every algorithm's V-wide work, in one launch.
+
+    loss = sum_t weight_t (ratio_is,t surrogate(logp_t, old_logp_t, A_t) + beta KL_t - c H_t)
+    dlogits_j = (g (1[target] - p_j) + weight c p_j (log p_j + H)) / T,   g = dloss/dlogp
+
+Floor: one read and one write of the logits. A row's second sweep comes from registers and L2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backend import resolve_backend, takes_short_way, tl, triton
+from ..checks import check_inplace, check_targets_in_range, checks_types
+from ..formulas.kl import policy_kl
+from ..formulas.sequence_ratio import share_sequence_ratio
+from ..formulas.surrogates import SURROGATES, PolicyOptions, policy_terms
+from ..limits import held_, known, times_
+from ..torch_backend import rows as reference
+from ..triton_backend.sweep import (
+    ONE_SWEEP_TILE,
+    TWO_SWEEP_TILE,
+    choose_launch,
+    last_tile_start,
+    load_target_logit,
+    misalignment,
+    phase,
+    row_offset,
+    row_statistics,
+    row_strides,
+    store_row_constant,
+    store_row_gradient,
+    with_unit_stride,
+)
+from .policy_inputs import prepare_policy
+from .token_logprob import UNSPECIALIZED, TokenLogprob, memory_for, token_logprob
+
+
+class PolicyLoss(NamedTuple):
+    """What `policy_loss` returns: a differentiable scalar, and detached per-token values."""
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    kl: Tensor | None
+    clipped: Tensor
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _policy_loss_kernel(
+    Logits,
+    Dlogits,
+    Target,
+    Advantage,
+    OldLogp,
+    RefLogp,
+    Ratio,
+    Weight,
+    Loss,
+    Logp,
+    Entropy,
+    KL,
+    Clipped,
+    vocabulary,
+    rows_per_batch,
+    stride_b,
+    stride_t,
+    dstride_b,
+    dstride_t,
+    inv_temperature,
+    beta,
+    entropy_coef,
+    parameters,
+    SURROGATE: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    SAME_PHASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    Row = Logits + row_offset(row, rows_per_batch, stride_b, stride_t)
+    Drow = Dlogits + row_offset(row, rows_per_batch, dstride_b, dstride_t)
+    shift = misalignment(Row)
+    Row = tl.multiple_of(Row - shift, 16)
+    Drow = Drow - shift
+    if SAME_PHASE:
+        Drow = tl.multiple_of(Drow, 16)
+    end = shift + vocabulary
+    weight = tl.load(Weight + row)
+    if weight != 0:
+        target = tl.load(Target + row)
+        row_max, log_sum, entropy, x_last = row_statistics(
+            Row, shift, end, inv_temperature, BLOCK, True
+        )
+        chosen = load_target_logit(Row, shift, end, target, row_max.dtype)
+        logp = (chosen - row_max) * inv_temperature - log_sum
+        advantage = tl.load(Advantage + row)
+        old_logp = logp
+        if OldLogp is not None:
+            old_logp = tl.load(OldLogp + row)
+        loss, dlogp, clipped = SURROGATE(logp, old_logp, advantage, parameters)
+        if Ratio is not None:
+            ratio = tl.load(Ratio + row)
+            loss = times_(ratio, loss)
+            dlogp = times_(ratio, dlogp)
+        if RefLogp is not None:
+            kl, dkl = policy_kl(logp, old_logp, tl.load(RefLogp + row), KL_ESTIMATOR)
+            tl.store(KL + row, kl)
+            if beta != 0:
+                # the surrogate and the KL may overflow towards either side
+                loss = held_(loss) + held_(beta * kl)
+                dlogp = held_(dlogp) + held_(beta * dkl)
+        if entropy_coef != 0:
+            loss -= entropy_coef * entropy
+        tl.store(Loss + row, held_(loss) * weight)
+        tl.store(Logp + row, logp)
+        tl.store(Entropy + row, entropy)
+        tl.store(Clipped + row, clipped)
+        dlogp = held_(dlogp * weight)
+        # NaN where the target is out of range, and then so is the whole row
+        dlogp = tl.where(logp == logp, dlogp, logp)
+        if (dlogp != 0) | (entropy_coef != 0):
+            store_row_gradient(
+                Row, Drow, x_last, shift, end, target, row_max, log_sum, entropy,
+                dlogp, -dlogp, -entropy_coef * weight, inv_temperature, True, True, BLOCK,
+            )  # fmt: skip
+        else:
+            store_row_constant(Drow, shift, end, 0.0, BLOCK)
+    else:
+        tl.store(Loss + row, 0.0)
+        tl.store(Logp + row, 0.0)
+        tl.store(Entropy + row, 0.0)
+        tl.store(Clipped + row, False)
+        if RefLogp is not None:
+            tl.store(KL + row, 0.0)
+        store_row_constant(Drow, shift, end, 0.0, BLOCK)
+
+
+@triton.jit(do_not_specialize=["vocabulary", "rows_per_batch", "stride_b", "stride_t"])
+def _scale_rows_kernel(
+    Rows, Scale, vocabulary, rows_per_batch, stride_b, stride_t, BLOCK: tl.constexpr
+):
+    """Multiplies rows by a scalar in device memory; a scale of 1 touches nothing."""
+    scale = tl.load(Scale)
+    if scale != 1:
+        row = tl.program_id(0)
+        Row = Rows + row_offset(row, rows_per_batch, stride_b, stride_t)
+        shift = misalignment(Row)
+        Row = tl.multiple_of(Row - shift, 16)
+        end = shift + vocabulary
+        columns = tl.arange(0, BLOCK)
+        inside = (columns >= shift) & (columns < end)
+        x = tl.load(Row + columns, mask=inside)
+        tl.store(Row + columns, (x * scale).to(x.dtype), mask=inside)
+        last = last_tile_start(end, BLOCK)
+        for start in range(BLOCK, last, BLOCK):
+            x = tl.load(Row + start + columns)
+            tl.store(Row + start + columns, (x * scale).to(x.dtype))
+        x = tl.load(Row + last + columns, mask=columns < end - last)
+        tl.store(Row + last + columns, (x * scale).to(x.dtype), mask=columns < end - last)
+
+
+def _launch(
+    logits, dlogits, target, advantage, old_logp, ref_logp, ratio, weight, options, temperature
+):
+    logits = with_unit_stride(logits)
+    dtype = reference.statistics_dtype(logits)
+    loss, logp, entropy, kl = reference.empty_statistics(target, dtype, 4)
+    clipped = torch.empty(target.shape, dtype=torch.bool, device=target.device)
+    if target.numel():
+        launch = choose_launch(logits.shape[-1], logits.element_size(), TWO_SWEEP_TILE)
+        _policy_loss_kernel[(target.numel(),)](
+            logits, dlogits, target.contiguous(), advantage, old_logp, ref_logp, ratio, weight,
+            loss, logp, entropy, None if ref_logp is None else kl, clipped,
+            logits.shape[-1], *row_strides(logits), *row_strides(dlogits)[1:],
+            1.0 / temperature, options.beta, options.entropy_coef,
+            options.parameters or (0.0,), SURROGATE=SURROGATES[options.surrogate].triton,
+            KL_ESTIMATOR=options.kl_estimator, SAME_PHASE=phase(logits) == phase(dlogits),
+            **launch.options(),
+        )  # fmt: skip
+    return loss, logp, entropy, None if ref_logp is None else kl, clipped
+
+
+def _forward_backward(backend, *arguments):
+    if backend == "triton":
+        return _launch(*arguments)
+    return reference.policy_loss_forward_backward(*arguments)
+
+
+def _scale(dlogits: Tensor, scale: Tensor, backend: str) -> None:
+    """dlogits *= scale, in place and without a host sync on a GPU."""
+    if backend == "triton" and dlogits.stride(-1) == 1:
+        *leading, vocabulary = dlogits.shape
+        launch = choose_launch(vocabulary, dlogits.element_size(), ONE_SWEEP_TILE)
+        if dlogits.numel():
+            _scale_rows_kernel[(torch.Size(leading).numel(),)](
+                dlogits, scale, vocabulary, *row_strides(dlogits), **launch.options()
+            )
+    elif scale.device.type != "cpu" or scale != 1:
+        dlogits.mul_(scale)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """The short way of eager mode: the forward makes the gradient, the backward hands it out."""
+
+    @staticmethod
+    def forward(ctx, logits, inplace, backend, target, *arguments):
+        dlogits = memory_for(backend)(logits, inplace)
+        loss, *rest = _forward_backward(backend, logits, dlogits, target, *arguments)
+        ctx.save_for_backward(dlogits)
+        ctx.backend, ctx.inputs = backend, 4 + len(arguments)
+        ctx.mark_non_differentiable(*(t for t in rest if t is not None))
+        ctx.set_materialize_grads(False)
+        return loss.sum(), *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, *_):
+        if dloss is None:
+            return (None,) * ctx.inputs
+        (dlogits,) = ctx.saved_tensors
+        # a graph that is kept for another backward keeps this gradient as it is
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            dlogits = dlogits.clone()
+        _scale(dlogits, dloss, ctx.backend)
+        return dlogits, *(None,) * (ctx.inputs - 1)
+
+
+@torch.library.custom_op("rlcore::policy_loss", mutates_args=())
+def policy_loss_op(
+    logits: Tensor,
+    target: Tensor,
+    advantage: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    ratio: Tensor | None,
+    weight: Tensor,
+    surrogate: str,
+    parameters: list[float],
+    kl_estimator: str,
+    beta: float,
+    entropy_coef: float,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(token losses, logp, entropy, kl, clipped, dlogits); kl is empty without ref_logp."""
+    check_targets_in_range(target, weight != 0, logits.shape[-1], backend)
+    options = PolicyOptions(surrogate, tuple(parameters), kl_estimator, beta, entropy_coef)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    loss, logp, entropy, kl, clipped = _forward_backward(
+        backend, logits, dlogits, target, advantage, old_logp, ref_logp, ratio, weight,
+        options, temperature,
+    )  # fmt: skip
+    return loss, logp, entropy, loss.new_empty(0) if kl is None else kl, clipped, dlogits
+
+
+@policy_loss_op.register_fake
+def _(logits, target, advantage, old_logp, ref_logp, *_):
+    def empty(shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    dtype, shape = reference.statistics_dtype(logits), target.shape
+    kl = empty((0,) if ref_logp is None else shape, dtype)
+    loss, logp, entropy = (empty(shape, dtype) for _ in range(3))
+    return loss, logp, entropy, kl, empty(shape, torch.bool), empty(logits.shape, logits.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    *_, ctx.inputs = len(inputs), len(inputs)
+    ctx.save_for_backward(output[-1])
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx, dloss, *_):
+    (dlogits,) = ctx.saved_tensors
+    dlogits = None if dloss is None else (dlogits * dloss.unsqueeze(-1)).to(dlogits.dtype)
+    return dlogits, *(None,) * (ctx.inputs - 1)
+
+
+policy_loss_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+@checks_types
+def policy_loss(
+    logits: Tensor,
+    target: Tensor,
+    advantage: Tensor,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    surrogate: str = "ppo_clip",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    importance_sampling_level: str = "token",
+    importance_sampling_ratio: Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    num_items: int | float | Tensor | None = None,
+    norm_length: int | float | None = None,
+    cu_seqlens: Tensor | None = None,
+    surrogate_params: dict[str, float] | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """Policy loss of sampled tokens, straight from the logits, with its gradient.
+
+    Per token, with logp = log softmax(logits / temperature)[target]:
+        loss_t = importance_sampling_ratio * surrogate(logp, old_logp, advantage)
+                 + beta * KL(pi || ref) - entropy_coef * H
+    PPO's clipped surrogate is arXiv:1707.06347 eq. 7; GRPO's loss is arXiv:2402.03300 eq. 3 (its
+    KL is "k3", eq. 4), which is this one with group advantages and "seq-mean-token-mean".
+
+    Args:
+        logits: (N, V) or (B, T, V), float32, bfloat16, float16 or float64, any strides.
+        target: integers (N,) or (B, T) in [0, V): the sampled tokens.
+        advantage: (N,), (B, T), or (B,) spread over T.
+        old_logp: (N,) or (B, T), of the policy that sampled, at the same temperature. None =
+            the present policy sampled: ratio 1.
+        ref_logp: likewise of the reference policy, for the KL; needed where beta is not 0.
+        mask: bool (N,) or (B, T), true = the token counts; elsewhere all results and the
+            gradient are 0 whatever the inputs hold. None = every token counts.
+        surrogate: "reinforce", "ppo_clip", "ppo_penalty", "cispo", "cispo_abs", "sapo", "gmpo",
+            "dppo_tv", "dppo_kl", "kl_cov", or one of `register_surrogate`; see SURROGATES.
+        epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high];
+            epsilon_high None = epsilon.
+        delta: bound on the ratio where the advantage is negative (dual clip); None = none.
+        beta: coefficient of the KL term.
+        kl_estimator: "k1", "k2", "k3", or "k3_ratio", which is k3 times pi / pi_old at the
+            importance_sampling_level: its gradient is the reverse KL's, off-policy too. See
+            KL_ESTIMATORS for what the others' gradients estimate.
+        entropy_coef: coefficient of the entropy bonus.
+        temperature: positive; divides the logits before everything else.
+        importance_sampling_level: "token": each token has its own ratio; "sequence": a sequence's
+            tokens share exp(mean of logp - old_logp) (GSPO, arXiv:2507.18071, eq. 7), by rows of
+            (B, T) or by cu_seqlens. The gradient is then made in a pass of its own.
+        importance_sampling_ratio: (N,), (B, T) or (B,): detached weights on the surrogate alone.
+        loss_agg_mode, num_items, norm_length, cu_seqlens: how tokens become one scalar; see
+            `token_weight`. With `num_items` counted over the full batch, micro-batches and ranks
+            add up to its loss and gradient exactly.
+        surrogate_params: further parameters of the surrogate, by name; the table has defaults.
+        inplace_backward: permits the logits' storage to take the gradient, already in this call;
+            the logits are then used up. Under torch.compile the graph plans its own memory and
+            makes no use of the permission.
+        backend: "triton", "torch", or None: see `use_backend`.
+
+    Returns:
+        PolicyLoss(loss, logp, entropy, kl, clipped): a scalar that is differentiable (once) in
+        the logits alone, then per-token values without gradient, float32 (float64 for float64
+        logits): kl is None without ref_logp; clipped (bool) is true where the clip holds the
+        gradient at zero. A token of advantage 0 has no surrogate loss and a clipped one no gradient
+        however large the ratio; what lies beyond the dtype is held at its largest number.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, name or range; an option that the surrogate has
+            no use for; a target out of range at a counted position (on a GPU only under
+            RLCORE_CHECK=1: there the row becomes NaN).
+    """
+    check_inplace(logits, inplace_backward)
+    backend = resolve_backend(backend, logits)
+    options, mask, weight, per_token = prepare_policy(
+        logits, target, advantage, old_logp, ref_logp, mask, importance_sampling_ratio,
+        surrogate=surrogate, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, beta=beta,
+        kl_estimator=kl_estimator, entropy_coef=entropy_coef, temperature=temperature,
+        importance_sampling_level=importance_sampling_level, loss_agg_mode=loss_agg_mode,
+        num_items=num_items, norm_length=norm_length, cu_seqlens=cu_seqlens,
+        surrogate_params=surrogate_params,
+    )  # fmt: skip
+    if not _makes_gradient_in_forward(logits, options, backend):
+        statistics = token_logprob(
+            logits, target, temperature=temperature, mask=mask,
+            inplace_backward=inplace_backward, backend=backend,
+        )  # fmt: skip
+        return composed_policy_loss(statistics, mask, weight, per_token, options, cu_seqlens)
+    if takes_short_way(logits, target, mask, weight, *per_token):
+        check_targets_in_range(target, mask, logits.shape[-1], backend)
+        return PolicyLoss(
+            *_PolicyLoss.apply(
+                logits, inplace_backward, backend, target, *per_token, weight, options, temperature
+            )
+        )
+    loss, logp, entropy, kl, clipped, _ = policy_loss_op(
+        logits, target, *per_token, weight, surrogate, list(options.parameters), kl_estimator,
+        options.beta, options.entropy_coef, temperature, backend,
+    )  # fmt: skip
+    kl = None if ref_logp is None else kl.detach()
+    return PolicyLoss(loss.sum(), logp.detach(), entropy.detach(), kl, clipped)
+
+
+def _makes_gradient_in_forward(logits: Tensor, options: PolicyOptions, backend: str) -> bool:
+    """Whether the one-launch path serves the call.
+
+    float16 waits for the upstream gradient: a loss scaler puts its factor there, without which
+    small gradients would underflow to 0.
+    """
+    return (
+        torch.is_grad_enabled()
+        and logits.requires_grad
+        and logits.dtype != torch.float16
+        and options.knows_derivative(backend)
+    )
+
+
+def composed_policy_loss(
+    statistics: TokenLogprob,
+    mask: Tensor,
+    weight: Tensor,
+    per_token: list[Tensor | None],
+    options: PolicyOptions,
+    cu_seqlens: Tensor | None = None,
+) -> PolicyLoss:
+    """The PyTorch formula on differentiable statistics: a forward alone, or autograd's backward.
+
+    cu_seqlens are the boundaries of packed (N,) tokens, for a ratio at sequence level.
+    """
+    logp, entropy, _ = statistics
+    per_token = [None if t is None else torch.where(mask, t, 0.0) for t in per_token]
+    advantage, old_logp, *others = per_token
+    clipped = torch.zeros_like(mask)
+    if options.importance_sampling_level == "sequence":
+        old_logp, clipped = share_sequence_ratio(
+            logp, old_logp, advantage, mask, options, cu_seqlens
+        )
+        terms = policy_terms(logp, entropy, advantage, old_logp, *others, options)
+        token_loss = terms.loss
+    else:
+        with torch.no_grad():
+            terms = policy_terms(logp, entropy, advantage, old_logp, *others, options)
+        slopes = [(logp, terms.dlogp)]
+        if options.entropy_coef:
+            slopes.append((entropy, torch.full_like(entropy, -options.entropy_coef)))
+        token_loss = known(terms.loss, *slopes)
+    loss = torch.where(mask, token_loss * weight, 0.0).sum()
+    kl = None if terms.kl is None else torch.where(mask, terms.kl.detach(), 0.0)
+    return PolicyLoss(loss, logp.detach(), entropy.detach(), kl, (terms.clipped | clipped) & mask)

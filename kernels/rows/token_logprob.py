@@ -1,0 +1,371 @@
+"""Logits to the chosen token's log-probability, the entropy and the log-sum-exp, differentiably.
+
+    logp = z_target - lse,   lse = log sum_j exp z_j,   H = -sum_j p_j log p_j,   z = logits / T
+    dlogits_j = (dlogp (1[target] - p_j) + dlse p_j - dH p_j (log p_j + H)) / T
+
+Floors: the forward reads every logit once; the backward reads and writes every logit once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backend import resolve_backend, takes_short_way, tl, triton
+from ..checks import check_inplace, check_rows, check_targets_in_range, checks_types
+from ..torch_backend import rows as reference
+from ..triton_backend.sweep import (
+    ONE_SWEEP_TILE,
+    choose_launch,
+    gradient_memory,
+    load_target_logit,
+    misalignment,
+    phase,
+    row_offset,
+    row_statistics,
+    row_strides,
+    store_row_constant,
+    store_row_gradient,
+    with_unit_stride,
+)
+
+
+class TokenLogprob(NamedTuple):
+    """What `token_logprob` returns: each of the targets' shape, float32 (float64 for float64)."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+
+
+UNSPECIALIZED = ["vocabulary", "rows_per_batch", "stride_b", "stride_t", "dstride_b", "dstride_t"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED[:4])
+def _token_logprob_forward_kernel(
+    Logits,
+    Target,
+    Mask,
+    Logp,
+    Entropy,
+    Lse,
+    RowMax,
+    LogSum,
+    vocabulary,
+    rows_per_batch,
+    stride_b,
+    stride_t,
+    inv_temperature,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    WITH_ENTROPY: tl.constexpr = Entropy is not None
+    counted = True
+    if Mask is not None:
+        counted = tl.load(Mask + row) != 0
+    if counted:
+        Row = Logits + row_offset(row, rows_per_batch, stride_b, stride_t)
+        shift = misalignment(Row)
+        Row = tl.multiple_of(Row - shift, 16)
+        end = shift + vocabulary
+        target = tl.load(Target + row)
+        row_max, log_sum, entropy, _ = row_statistics(
+            Row, shift, end, inv_temperature, BLOCK, WITH_ENTROPY
+        )
+        chosen = load_target_logit(Row, shift, end, target, row_max.dtype)
+        tl.store(Logp + row, (chosen - row_max) * inv_temperature - log_sum)
+        tl.store(Lse + row, row_max * inv_temperature + log_sum)
+        tl.store(RowMax + row, row_max)
+        tl.store(LogSum + row, log_sum)
+        if WITH_ENTROPY:
+            tl.store(Entropy + row, entropy)
+    else:
+        tl.store(Logp + row, 0.0)
+        tl.store(Lse + row, 0.0)
+        tl.store(RowMax + row, 0.0)
+        tl.store(LogSum + row, 0.0)
+        if WITH_ENTROPY:
+            tl.store(Entropy + row, 0.0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _token_logprob_backward_kernel(
+    Logits,
+    Dlogits,
+    Target,
+    Mask,
+    Entropy,
+    RowMax,
+    LogSum,
+    Dlogp,
+    Dlse,
+    Dentropy,
+    vocabulary,
+    rows_per_batch,
+    stride_b,
+    stride_t,
+    dstride_b,
+    dstride_t,
+    inv_temperature,
+    SAME_PHASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    WITH_ENTROPY: tl.constexpr = Dentropy is not None
+    Row = Logits + row_offset(row, rows_per_batch, stride_b, stride_t)
+    Drow = Dlogits + row_offset(row, rows_per_batch, dstride_b, dstride_t)
+    shift = misalignment(Row)
+    Row = tl.multiple_of(Row - shift, 16)
+    Drow = Drow - shift
+    if SAME_PHASE:
+        Drow = tl.multiple_of(Drow, 16)
+    end = shift + vocabulary
+    counted = True
+    if Mask is not None:
+        counted = tl.load(Mask + row) != 0
+    row_max = tl.load(RowMax + row)
+    at_target = row_max * 0
+    at_softmax = row_max * 0
+    at_entropy = row_max * 0
+    if Dlogp is not None:
+        at_target = tl.load(Dlogp + row)
+        at_softmax = -at_target
+    if Dlse is not None:
+        at_softmax += tl.load(Dlse + row)
+    if WITH_ENTROPY:
+        at_entropy = tl.load(Dentropy + row)
+    flows = (at_target != 0) | (at_softmax != 0) | (at_entropy != 0)
+    if counted & flows:
+        target = tl.load(Target + row)
+        in_range = (target >= 0) & (target < vocabulary)
+        at_softmax = tl.where(in_range, at_softmax, float("nan"))
+        log_sum = tl.load(LogSum + row)
+        entropy = log_sum
+        if WITH_ENTROPY:
+            entropy = tl.load(Entropy + row)
+        store_row_gradient(
+            Row, Drow, None, shift, end, target, row_max, log_sum, entropy,
+            at_target, at_softmax, at_entropy, inv_temperature, False, WITH_ENTROPY, BLOCK,
+        )  # fmt: skip
+    else:
+        store_row_constant(Drow, shift, end, 0.0, BLOCK)
+
+
+def _launch_forward(logits, target, mask, temperature, with_entropy):
+    logits = with_unit_stride(logits)
+    dtype = reference.statistics_dtype(logits)
+    logp, lse, row_max, log_sum, entropy = reference.empty_statistics(target, dtype, 5)
+    entropy = entropy if with_entropy else None
+    if target.numel():
+        launch = choose_launch(logits.shape[-1], logits.element_size(), ONE_SWEEP_TILE)
+        _token_logprob_forward_kernel[(target.numel(),)](
+            logits, target.contiguous(), mask, logp, entropy, lse, row_max, log_sum,
+            logits.shape[-1], *row_strides(logits), 1.0 / temperature, **launch.options(),
+        )  # fmt: skip
+    return logp, entropy, lse, row_max, log_sum
+
+
+def _launch_backward(
+    logits, dlogits, target, mask, entropy, row_max, log_sum, dlogp, dlse, dentropy, temperature
+):
+    logits = with_unit_stride(logits)
+    if not target.numel():
+        return
+    launch = choose_launch(logits.shape[-1], logits.element_size(), ONE_SWEEP_TILE)
+    dlogp, dlse, dentropy = (None if g is None else g.contiguous() for g in (dlogp, dlse, dentropy))
+    _token_logprob_backward_kernel[(target.numel(),)](
+        logits, dlogits, target.contiguous(), mask, entropy, row_max, log_sum,
+        dlogp, dlse, dentropy, logits.shape[-1], *row_strides(logits), *row_strides(dlogits)[1:],
+        1.0 / temperature, SAME_PHASE=phase(logits) == phase(dlogits), **launch.options(),
+    )  # fmt: skip
+
+
+def memory_for(backend: str):
+    """The function (logits, inplace) -> memory for the gradient, as the backend likes it laid."""
+    return gradient_memory if backend == "triton" else reference.gradient_memory
+
+
+def _forward(logits, target, mask, temperature, with_entropy, backend, with_softmax=False):
+    """(logp, entropy, lse, row_max, log_sum); the torch backend makes the last two if asked to."""
+    check_targets_in_range(target, mask, logits.shape[-1], backend)
+    arguments = (logits, target, mask, temperature, with_entropy)
+    if backend == "triton":
+        return _launch_forward(*arguments)
+    return reference.token_logprob_forward(*arguments, with_softmax)
+
+
+def _backward(
+    backend,
+    logits,
+    dlogits,
+    target,
+    mask,
+    entropy,
+    row_max,
+    log_sum,
+    dlogp,
+    dlse,
+    dentropy,
+    temperature,
+):
+    given = (logits, dlogits, target, mask, entropy)
+    if backend == "triton":
+        _launch_backward(*given, row_max, log_sum, dlogp, dlse, dentropy, temperature)
+    else:
+        # starts from the logits again, so it needs neither row_max nor log_sum
+        reference.token_logprob_backward(*given, dlogp, dlse, dentropy, temperature)
+
+
+class _TokenLogprob(torch.autograd.Function):
+    """The short way of eager mode: (logp, entropy | None, lse)."""
+
+    @staticmethod
+    def forward(ctx, logits, target, mask, temperature, with_entropy, inplace_backward, backend):
+        logp, entropy, lse, row_max, log_sum = _forward(
+            logits, target, mask, temperature, with_entropy, backend
+        )
+        ctx.save_for_backward(logits, target, mask, entropy, row_max, log_sum)
+        ctx.temperature, ctx.inplace, ctx.backend = temperature, inplace_backward, backend
+        ctx.set_materialize_grads(False)
+        return logp, entropy, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogp, dentropy, dlse):
+        logits, target, mask, entropy, row_max, log_sum = ctx.saved_tensors
+        dlogits = memory_for(ctx.backend)(logits, ctx.inplace)
+        _backward(
+            ctx.backend, logits, dlogits, target, mask, entropy, row_max, log_sum,
+            dlogp, dlse, dentropy, ctx.temperature,
+        )  # fmt: skip
+        return dlogits, None, None, None, None, None, None
+
+
+@torch.library.custom_op("rlcore::token_logprob", mutates_args=())
+def token_logprob_op(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse, row_max, log_sum); what a call does without is an empty tensor."""
+    parts = _forward(logits, target, mask, temperature, with_entropy, backend)
+    return tuple(parts[0].new_empty(0) if part is None else part for part in parts)
+
+
+@token_logprob_op.register_fake
+def _(logits, target, mask, temperature, with_entropy, backend):
+    present = (True, with_entropy, True, backend == "triton", backend == "triton")
+    dtype = reference.statistics_dtype(logits)
+    return tuple(
+        torch.empty(target.shape if is_present else (0,), dtype=dtype, device=logits.device)
+        for is_present in present
+    )
+
+
+@torch.library.custom_op("rlcore::token_logprob_backward", mutates_args=())
+def token_logprob_backward_op(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    entropy: Tensor | None,
+    row_max: Tensor | None,
+    log_sum: Tensor | None,
+    dlogp: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    """The logits' gradient, contiguous."""
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _backward(
+        backend, logits, dlogits, target, mask, entropy, row_max, log_sum,
+        dlogp, dlse, dentropy, temperature,
+    )  # fmt: skip
+    return dlogits
+
+
+@token_logprob_backward_op.register_fake
+def _(logits, *_):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, target, mask, ctx.temperature, ctx.with_entropy, ctx.backend = inputs
+    _, entropy, _, row_max, log_sum = output
+    ctx.save_for_backward(logits, target, mask, entropy, row_max, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx, dlogp, dentropy, dlse, *_):
+    logits, target, mask, entropy, row_max, log_sum = ctx.saved_tensors
+    if not ctx.with_entropy:
+        entropy = dentropy = None
+    dlogits = token_logprob_backward_op(
+        logits, target, mask, entropy, row_max, log_sum, dlogp, dlse, dentropy,
+        ctx.temperature, ctx.backend,
+    )  # fmt: skip
+    return dlogits, None, None, None, None, None
+
+
+token_logprob_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+@checks_types
+def token_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = True,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> TokenLogprob:
+    """Log-probability of the targets, entropy and log-sum-exp of every row of logits.
+
+    With z = logits / temperature: logp = z[target] - lse(z), H = -sum p log p, p = softmax(z).
+
+    Args:
+        logits: (N, V) or (B, T, V), float32, bfloat16, float16 or float64, any strides; may hold
+            -inf (banned tokens: probability, entropy contribution and gradient 0).
+        target: integers (N,) or (B, T) in [0, V).
+        temperature: positive; divides the logits before everything else.
+        mask: bool (N,) or (B, T), true = the token counts. Elsewhere the results and the
+            gradient are 0, whatever stands in logits and target. None = every token counts.
+        entropy: False leaves the entropy out, uncomputed and None.
+        inplace_backward: permits the backward pass to write the gradient into the logits' own
+            storage, which saves an (N, V) tensor; the logits are then used up. Under
+            torch.compile the graph plans its own memory and makes no use of the permission.
+        backend: "triton", "torch", or None: see `use_backend`.
+
+    Returns:
+        TokenLogprob(logp, entropy, lse), each of target's shape, in nats, float32 (float64 for
+        float64 logits), all three differentiable once. Sums run in float32 in an order that
+        follows from where a row begins after a 16-byte boundary: a row that begins at one gives
+        the same bits whatever else is in the batch.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or temperature; a target out of range at a
+            counted position (on a GPU only under RLCORE_CHECK=1: there the row becomes NaN).
+    """
+    check_rows(logits, target, mask=mask, temperature=temperature)
+    check_inplace(logits, inplace_backward)
+    backend = resolve_backend(backend, logits)
+    mask = None if mask is None else mask.contiguous()
+    if takes_short_way(logits, target, mask):
+        return TokenLogprob(
+            *_TokenLogprob.apply(
+                logits, target, mask, temperature, entropy, inplace_backward, backend
+            )
+        )
+    logp, entropies, lse, _, _ = token_logprob_op(
+        logits, target, mask, temperature, entropy, backend
+    )
+    return TokenLogprob(logp, entropies if entropy else None, lse)

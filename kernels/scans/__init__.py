@@ -1,0 +1,1 @@
+"""Along time (B, T): returns, advantages, shaped rewards."""

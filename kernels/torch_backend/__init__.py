@@ -1,0 +1,1 @@
+"""How everything else computes it: blocks of rows, hand-written gradients."""

@@ -1,0 +1,1 @@
+"""Ours and the peers' implementations of each operation."""

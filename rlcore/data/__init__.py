@@ -1,0 +1,1 @@
+"""From files to padded token ids: rows, encoding, preference pairs."""

@@ -1,0 +1,194 @@
+"""Rows as token ids, and token ids as padded batches.
+
+A completion's tokens follow its prompt's, because that is how the policy meets them when it
+generates; prompts are padded on the left, completions on the right.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlcore.data.chat import answer_text, prompt_text, rendered
+from rlcore.data.ends import end_ids
+from rlcore.data.loaded import Loaded, Tally, encoded, measured
+from rlcore.data.rows import Rows
+from rlcore.data.tokens import following_ids, opened_ids, plain_ids
+from rlcore.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized sequence: what is given and what is learned."""
+
+    prompt: list[int]
+    completion: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded on the left, completions on the right: each row reads without a gap."""
+
+    input_ids: torch.Tensor  # (B, P + C) int64
+    attention_mask: torch.Tensor  # (B, P + C) int64
+    mask: torch.Tensor  # (B, C) bool: completion tokens
+
+    @property
+    def target(self) -> torch.Tensor:
+        return self.input_ids[:, -self.mask.shape[1] :]  # (B, C)
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = (self.input_ids, self.attention_mask, self.mask)
+        return Batch(*(tensor.to(device) for tensor in tensors))
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str | list[dict]], max_length: int | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt; of one that is too long, the last `max_length` tokens.
+
+    Raises:
+        UserError: a prompt without any token, which nothing could follow.
+    """
+    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
+    encoded = _head_ids(tokenizer, texts, [isinstance(prompt, str) for prompt in prompts])
+    for ids, text in zip(encoded, texts, strict=True):
+        if not ids:
+            raise UserError(f"the prompt {text!r} has no tokens; it needs at least one")
+    return encoded if max_length is None else [ids[-max_length:] for ids in encoded]
+
+
+def _head_ids(tokenizer: Any, texts: Sequence[str], is_text: Sequence[bool]) -> list[list[int]]:
+    """Ids of what a sequence begins with; a chat template has written its own special tokens."""
+    rows = list(zip(texts, is_text, strict=True))
+    opened = iter(opened_ids(tokenizer, [text for text, plain in rows if plain]))
+    templated = iter(plain_ids(tokenizer, [text for text, plain in rows if not plain]))
+    return [next(opened if plain else templated) for _, plain in rows]
+
+
+def encode_examples(tokenizer: Any, rows: Rows, max_length: int | None = None) -> Loaded:
+    """Rows to imitate, tokenized, as Examples; rows that have or keep no completion are left out.
+
+    For {"prompt", "completion"} the loss is on the completion and its eos; for {"text"} and
+    {"messages"} it is on everything after the first token.
+
+    Raises:
+        UserError: a row that cannot be encoded, which is named, or no row is left.
+    """
+    has_prompt = "prompt" in rows.group
+    chosen = rows.select_columns(rows.group)
+    examples, places, tally = Loaded(), [], Tally(rows)
+    whole = encoded(
+        chosen, lambda batch: encode_completions(tokenizer, batch, has_prompt=has_prompt)
+    )
+    for row, example in enumerate(whole):
+        if example is None:
+            tally.add("are left out: without a first token there is nothing to learn from", row)
+            continue
+        short = shortened(example, max_length)
+        if short is None:
+            tally.add(f"are left out: max_length {max_length} leaves them no completion", row)
+            continue
+        if len(short) < len(example):
+            tally.add(f"lose their end to max_length {max_length}", row)
+        examples.append(short)
+        places.append(row)
+    if not examples:
+        raise UserError("no row of the dataset has a completion within max_length tokens")
+    examples.notes = rows.notes + tally.notes
+    ids = (example.prompt + example.completion for example in examples)
+    examples.extent = measured(rows, zip(places, ids, strict=True))
+    return examples
+
+
+def shortened(example: Example, max_length: int | None) -> Example | None:
+    """Its first `max_length` tokens, None where none of the completion is among them."""
+    if max_length is None or len(example) <= max_length:
+        return example
+    kept = example.completion[: max(max_length - len(example.prompt), 0)]
+    return Example(example.prompt, kept) if kept else None
+
+
+def encode_completions(
+    tokenizer: Any, rows: Iterable[dict], *, has_prompt: bool = True
+) -> list[Example | None]:
+    """Rows of {"prompt", "completion"}, or without a prompt, tokenized; None without a completion.
+
+    A completion of text ends with eos, one of messages as the chat template ends it.
+    """
+    pairs = [_as_pair(tokenizer, row) for row in rows]
+    heads, tails, is_text = (list(column) for column in zip(*pairs, strict=True))
+    prompts = _head_ids(tokenizer, heads, is_text)
+    completions = [[]] * len(pairs)
+    if has_prompt:
+        wholes = [head + tail for head, tail in zip(heads, tails, strict=True)]
+        wholes = _head_ids(tokenizer, wholes, is_text)
+        rows = zip(prompts, wholes, tails, strict=True)
+        completions = [following_ids(tokenizer, *row) for row in rows]
+    ends = end_ids(tokenizer)
+    examples: list[Example | None] = []
+    for prompt, completion, plain in zip(prompts, completions, is_text, strict=True):
+        ids = prompt + completion
+        if plain and tokenizer.eos_token_id is not None and not set(ids[-1:]) & ends:
+            ids = [*ids, tokenizer.eos_token_id]
+        # Without a prompt the first token plays its part: nothing comes before it to predict it.
+        length = len(prompt) if has_prompt else 1
+        fits = 0 < length < len(ids)
+        examples.append(Example(ids[:length], ids[length:]) if fits else None)
+    return examples
+
+
+def up_to_end(tokenizer: Any, example: Example) -> Example:
+    """Without what a chat template writes after the end of the last turn, which no policy gets to.
+
+    That is blanks, and perhaps an end of the whole text.
+    """
+    ids, ends = example.completion, end_ids(tokenizer)
+    closing = itertools.takewhile(
+        lambda place: ids[place] in ends or not tokenizer.decode(ids[place]).strip(),
+        reversed(range(len(ids))),
+    )
+    length = min((place + 1 for place in closing if ids[place] in ends), default=len(ids))
+    return Example(example.prompt, ids[:length])
+
+
+def _as_pair(tokenizer: Any, row: dict) -> tuple[str, str, bool]:
+    """(prompt text, completion text, whether special tokens are still to be added)."""
+    if "text" in row:
+        return row["text"], "", True
+    if "messages" in row:
+        return rendered(tokenizer, row["messages"]), "", False
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) != isinstance(completion, str):
+        raise UserError("'prompt' and 'completion' must both be text or both be messages")
+    if isinstance(prompt, str):
+        return prompt, completion, True
+    return *answer_text(tokenizer, prompt, completion), False
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
+    """(B, longest) int64, filled with `value` on the "left" or on the "right"."""
+    width = max(map(len, sequences))
+    gaps = [[value] * (width - len(sequence)) for sequence in sequences]
+    pairs = zip(gaps, sequences, strict=True)
+    rows = [[*gap, *ids] if side == "left" else [*ids, *gap] for gap, ids in pairs]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Examples as one padded batch, as wide as its longest prompt and its longest completion."""
+    prompts = [example.prompt for example in examples]
+    completions = [example.completion for example in examples]
+    attention = [
+        pad([[1] * len(prompt) for prompt in prompts], 0, "left"),
+        pad([[1] * len(completion) for completion in completions], 0, "right"),
+    ]
+    ids = [pad(prompts, pad_token_id, "left"), pad(completions, pad_token_id, "right")]
+    return Batch(torch.cat(ids, dim=1), torch.cat(attention, dim=1), attention[1].bool())

@@ -1,0 +1,1 @@
+"""The embedded task and what is trained on it."""

@@ -1,0 +1,1 @@
+"""Losses, advantages and corrections in plain PyTorch, without a model."""

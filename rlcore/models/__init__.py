@@ -1,0 +1,1 @@
+"""Loading, one forward pass, adapters, and the heads that losses are computed through."""

@@ -1,0 +1,301 @@
+"""Models and tokenizers, loaded whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.modules.dropout import _DropoutNd
+
+from rlcore.errors import UserError, reason_of
+from rlcore.functional.finite import first_not_finite
+from rlcore.models.adapters import (
+    NEW_HEAD,
+    base_of_adapter,
+    is_brought,
+    load_adapter,
+    merge_adapter,
+)
+from rlcore.models.forward import probe_rows, reading_fault
+
+
+def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
+    """The tokenizer with left padding; where it has no pad token, eos stands in for it.
+
+    Args:
+        eos_token: the token to end text with, of the tokenizer's own; None: the one it has.
+
+    Raises:
+        UserError: nothing loadable there, or a tokenizer with neither a pad nor an eos token, or
+            without the token asked for.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, "tokenizer", name_or_path)
+    tokenizer.padding_side = "left"
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"eos_token {eos_token!r} is no token of {name_or_path!r}: name one that it has"
+            )
+        tokenizer.add_special_tokens({"eos_token": eos_token})
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"the tokenizer of {name_or_path!r} has neither a pad nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> Any:
+    """The tokenizer of the model that `option` names, which must read the policy's tokens.
+
+    Args:
+        tokenizer: the policy's.
+
+    Raises:
+        UserError: it reads other ones.
+    """
+    own = load_tokenizer(name_or_path)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{option} {name_or_path!r} has another tokenizer than the policy ({len(own)} tokens, "
+            f"not {len(tokenizer)}), whose tokens it is to read: choose one of the policy's family"
+        )
+    return own
+
+
+def load_policy(
+    name_or_path: str,
+    dtype: torch.dtype | str = torch.float32,
+    gradient_checkpointing: bool = False,
+    dropout: bool = True,
+) -> Any:
+    """A causal language model to train; `dropout=False` switches its dropout off for good.
+
+    An adapter's directory gives the model it was trained on, with the adapter merged into it.
+
+    Raises:
+        UserError: nothing loadable there, weights that the checkpoint lacks, a reward model, or a
+            model whose outputs depend on later tokens or on padding.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, loaded = _load_model(AutoModelForCausalLM, name_or_path, dtype=dtype)
+    if any(_is_new_head(name) for name in loaded.unused):
+        raise UserError(
+            f"{name_or_path!r} is a reward or value model (it has a {NEW_HEAD} layer), not a "
+            "language model: choose the one that it was trained from"
+        )
+    _check_whole(model, name_or_path, loaded.missing)
+    if loaded.unused:
+        logging.getLogger(__name__).warning(
+            "%s holds %d weights that a %s does not use, %s first",
+            name_or_path, len(loaded.unused), type(model).__name__, min(loaded.unused),
+        )  # fmt: skip
+    fault = reading_fault(model)
+    if fault is not None:
+        raise UserError(f"{name_or_path!r} is no model to train: {fault}")
+    model = _to_train(model, gradient_checkpointing, dropout)
+    if not dropout:
+        _check_quiet(model, name_or_path)
+    return model
+
+
+def load_classifier(
+    name_or_path: str,
+    dtype: torch.dtype | str = torch.float32,
+    gradient_checkpointing: bool = False,
+    dropout: bool = True,
+    new_head: str | None = None,
+) -> Any:
+    """A model that gives a sequence one score, to train; otherwise like `load_policy`.
+
+    Args:
+        new_head: what the score's layer is where there is none yet, as in a causal language
+            model's directory: "random", "zero", or None, which refuses that.
+
+    Raises:
+        UserError: nothing loadable there, weights that the checkpoint lacks, or no linear layer
+            that gives one score.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, loaded = _load_model(
+        AutoModelForSequenceClassification, name_or_path, dtype=dtype, num_labels=1
+    )
+    head = getattr(model, NEW_HEAD, None)
+    if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
+        raise UserError(
+            f"{name_or_path!r} is a {type(model).__name__}, which gives no single score: choose a "
+            "sequence classifier with one label, as `rlcore train reward_model` makes"
+        )
+    missing = loaded.missing
+    if new_head is not None:
+        missing = {name: why for name, why in missing.items() if not _is_new_head(name) or why}
+    _check_whole(model, name_or_path, missing)
+    if new_head == "zero" and len(missing) < len(loaded.missing):
+        torch.nn.init.zeros_(head.weight)
+    return _to_train(model, gradient_checkpointing, dropout)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """How a checkpoint's weights and a model's fit each other."""
+
+    missing: dict[str, str]  # drawn at random; why, where the checkpoint has one that does not fit
+    unused: set[str]  # in the checkpoint alone
+
+
+def _load_model(auto_class: Any, name_or_path: str, **options: Any) -> tuple[Any, _Loaded]:
+    """The model; of an adapter's directory the model it was trained on, with it merged in."""
+    base = base_of_adapter(name_or_path)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _without_load_report():
+        if base is None:
+            model, info = _load(auto_class, "model", name_or_path, **options)
+            _check_finite(model, name_or_path)
+            return model, _fit(info)
+        try:
+            model, info = _load(auto_class, "model", base, **options)
+        except UserError as error:
+            raise UserError(
+                f"the adapter in {name_or_path!r} needs the model it was trained on: {error}"
+            ) from error
+        loaded, of_adapter = _fit(info), _fit(load_adapter(model, name_or_path))
+    missing = {name: why for name, why in loaded.missing.items() if not is_brought(model, name)}
+    _check_finite(model, name_or_path)
+    return merge_adapter(model), _Loaded(missing | of_adapter.missing, of_adapter.unused)
+
+
+def _fit(info: dict[str, Any]) -> _Loaded:
+    """transformers' loading info in our words."""
+    shapes = {
+        name: f"{tuple(theirs)}, not {tuple(ours)}"
+        for name, theirs, ours in info["mismatched_keys"]
+    }
+    return _Loaded(dict.fromkeys(info["missing_keys"], "") | shapes, set(info["unexpected_keys"]))
+
+
+def _check_finite(model: Any, name_or_path: str) -> None:
+    """Raise UserError where a weight is NaN or infinite: nothing could be trained from there."""
+    found = first_not_finite(model.named_parameters())
+    if found is not None:
+        raise UserError(
+            f"{name_or_path!r} holds a broken model: its weight {found[0]} has a {found[1]}"
+        )
+
+
+def _is_new_head(name: str) -> bool:
+    return name.split(".")[0] == NEW_HEAD
+
+
+def _check_whole(model: Any, name_or_path: str, missing: dict[str, str]) -> None:
+    """Raise UserError where weights would be those that were drawn just now."""
+    if not missing:
+        return
+    names = [f"{name} ({why})" if why else name for name, why in sorted(missing.items())]
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise UserError(
+        f"{name_or_path!r} does not hold all weights of a {type(model).__name__}: it lacks "
+        f"{', '.join(names[:3])}{rest}, which would be random; choose a checkpoint that has them"
+    )
+
+
+def _to_train(model: Any, gradient_checkpointing: bool, dropout: bool) -> Any:
+    if gradient_checkpointing:
+        # transformers 5.2x renames it, 5.0 knows the old name only
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    if not dropout:
+        disable_dropout(model)
+    return model.train()
+
+
+def load_reference(name_or_path: str, dtype: torch.dtype | str = torch.float32) -> Any:
+    """A frozen causal language model in evaluation mode.
+
+    Raises:
+        UserError: nothing loadable there.
+    """
+    return load_policy(name_or_path, dtype, dropout=False).eval().requires_grad_(False)
+
+
+def _load(auto_class: Any, what: str, name_or_path: str, **options: Any) -> Any:
+    path = Path(name_or_path)
+    # A path that is not there would be asked for on the hub, with a message about repositories.
+    looks_local = path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise UserError(f"no {what} at {name_or_path!r}: there is no such directory")
+    try:
+        with no_progress_bars():
+            return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
+    except Exception as error:
+        # Everything from a missing file to a broken header: transformers knows many error types.
+        reason = reason_of(error)
+        raise UserError(f"cannot load a {what} from {name_or_path!r}: {reason}") from error
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers without its bars, which would tear a run's own display."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers without its table of weights that are missing or left over, seen to here."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0: a policy ratio means nothing when each pass draws another network."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        # many architectures keep a rate as a plain number: layerdrop, jitter_noise
+        for name in _rates(vars(module)):
+            setattr(module, name, 0.0)
+
+
+def _rates(values: dict[str, Any]) -> list[str]:
+    """The names among those of a module or a configuration that make a forward pass random."""
+    return [
+        name
+        for name, value in values.items()
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
+    ]
+
+
+@torch.no_grad()
+def _check_quiet(model: Any, name_or_path: str) -> None:
+    """Raise UserError where two passes in training mode differ though dropout is off."""
+    rates = _rates(model.config.get_text_config().to_dict())
+    if not rates:
+        return
+    ids, _ = probe_rows(model)
+    first, second = (model(ids, use_cache=False).logits for _ in range(2))
+    if not torch.equal(first, second):
+        raise UserError(
+            f"{name_or_path!r}: the dropout of a {type(model).__name__} cannot be switched off, as "
+            f"policy ratios need it: set {', '.join(rates)} to 0 in its config.json"
+        )

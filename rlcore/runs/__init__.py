@@ -1,0 +1,1 @@
+"""A run on disk and on screen: config, output directory, checkpoints, metrics."""

@@ -1,0 +1,177 @@
+"""What a run shows and keeps: a live display, one JSON line of metrics a step, optional trackers.
+
+with Tracker(output_dir, total_steps, "GRPO", columns=GRPO_COLUMNS) as tracker:
+    tracker.log(step, {"reward": 0.52, "kl": 0.001})
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlcore.errors import UserError, unknown_name
+from rlcore.runs.display import Display
+from rlcore.runs.output_dir import METRICS_FILE, discard_empty
+
+GRPO_COLUMNS = ("reward", "kl", "entropy", "tokens_per_second")
+SFT_COLUMNS = ("loss", "learning_rate", "tokens_per_second")
+
+
+class Tracker:
+    """Logs a run's metrics while it shows them; a context manager.
+
+    Args:
+        output_dir: metrics.jsonl is appended to here, one line a `log`.
+        total_steps: what the progress bar counts to.
+        description: the run's name in the display.
+        columns: the metrics shown, in order; the first one's course is drawn.
+        report_to: "none", "tensorboard", "wandb", or several of them.
+        enabled: False in all processes but the main one: then nothing is shown or written.
+        start_step: the step a resumed run goes on from; later lines of metrics.jsonl are dropped.
+        config: hyperparameters for the trackers of `report_to`.
+
+    Raises:
+        UserError: an unknown name in `report_to`, or one whose package is missing.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        total_steps: int,
+        description: str,
+        *,
+        columns: Iterable[str] = GRPO_COLUMNS,
+        report_to: str | Iterable[str] | None = "none",
+        enabled: bool = True,
+        start_step: int = 0,
+        config: Mapping[str, Any] | None = None,
+        console: Console | None = None,
+    ):
+        self._path = Path(output_dir) / METRICS_FILE
+        self._names = check_report_to(report_to)
+        self._enabled = enabled
+        self._start_step = start_step
+        self._config = dict(config or {})
+        self._display = Display(console, total_steps, description, tuple(columns), start_step)
+        self._file: Any = None
+        self._reporters: list[Any] = []
+
+    def __enter__(self) -> Tracker:
+        if self._enabled:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_later_lines(self._path, self._start_step)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._reporters = [
+                _REPORTERS[name](self._path.parent, self._config) for name in self._names
+            ]
+            self._display.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if not self._enabled:
+            return
+        self._display.stop()
+        self._file.close()
+        for reporter in self._reporters:
+            reporter.finish()
+        if kind is not None:
+            discard_empty(self._path.parent)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of `step`, show them, and hand them to the trackers.
+
+        A value that is NaN or infinite is written as null: JSON has no name for it.
+        """
+        if not self._enabled:
+            return
+        values = {name: float(value) for name, value in metrics.items() if name != "step"}
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for reporter in self._reporters:
+            reporter.log(values, step)
+        self._display.update(step, values)
+
+    def message(self, text: str) -> None:
+        """Show one line above the progress display."""
+        if self._enabled:
+            self._display.message(text)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out.
+
+    Raises UserError with the line number where another line is not JSON.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read metrics {path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: not a line of JSON: {line[:60]!r}") from None
+    return rows
+
+
+def check_report_to(report_to: str | Iterable[str] | None) -> list[str]:
+    """The names of `report_to` without "none"; UserError for an unknown or uninstalled one."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    names = [name for name in names if name != "none"]
+    for name in names:
+        if name not in _REPORTERS:
+            raise unknown_name("tracker in report_to", name, ["none", *_REPORTERS])
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"report_to={name!r} needs the package {name}: pip install 'rlcore[tracking]'"
+            )
+    return names
+
+
+def _drop_later_lines(path: Path, start_step: int) -> None:
+    """Keep the lines up to `start_step`: a resumed run writes the others again."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= start_step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class _Reporter:
+    log: Callable[[dict[str, float], int], None]
+    finish: Callable[[], None]
+
+
+def _tensorboard(output_dir: Path, config: dict[str, Any]) -> _Reporter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(output_dir / "tensorboard"))
+    writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
+
+    def log(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, global_step=step)
+
+    return _Reporter(log, writer.close)
+
+
+def _wandb(output_dir: Path, config: dict[str, Any]) -> _Reporter:
+    import wandb
+
+    run = wandb.init(dir=str(output_dir), config=config)
+    return _Reporter(lambda values, step: run.log(values, step=step), run.finish)
+
+
+_REPORTERS = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -1,0 +1,122 @@
+"""The options that every trainer has, and their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from rlcore.errors import UserError, unknown_name
+from rlcore.models.adapters import ALL_LINEAR, is_adapter, require_peft
+from rlcore.runs.options import default_of
+from rlcore.runs.output_dir import check_apart, check_output_dir
+from rlcore.runs.ranges import (
+    BelowOne,
+    Count,
+    Fraction,
+    Natural,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    Steps,
+    check_ranges,
+)
+from rlcore.runs.tracking import check_report_to
+from rlcore.trainers.options.schedules import check_schedule
+from rlcore.trainers.shared.resuming import check_same_options, inputs_of
+
+FUSED_HEAD = ("on", "off")
+ADAPTERS = ("lora",)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Options of every trainer."""
+
+    model: str  # directory or hub name of the causal language model to start from
+    # .jsonl, .json, .csv, .parquet or .arrow file; or a directory or hub name, for its train split
+    dataset: str
+    output_dir: str  # where the model, its checkpoints and metrics.jsonl go
+    overwrite_output_dir: bool = False  # replace output_dir's earlier run once this has finished
+    resume: bool = False  # go on from output_dir's last complete checkpoint
+    seed: Seed = 0  # of data order, dropout and sampling
+    eos_token: str | None = None  # the tokenizer's token to end text with; None: its own eos
+
+    # Optimization
+
+    learning_rate: Positive = 1e-6  # its peak
+    lr_scheduler_type: str = "linear"  # constant, linear, cosine or warmup_stable_decay
+    warmup_steps: Natural = 0  # optimizer steps of linear warm-up
+    lr_min_ratio: Fraction = 0.0  # the share of the peak that the learning rate decays to
+    # the last share of steps that warmup_stable_decay decays
+    lr_decay_ratio: Share | None = None
+    max_steps: Steps = -1  # optimizer steps; -1: as many as num_train_epochs need
+    num_train_epochs: Positive = 1.0  # passes over the data, where max_steps is -1
+    per_device_train_batch_size: Count = 8  # sequences in a micro-step on each process
+    gradient_accumulation_steps: Count = 1  # micro-steps an optimizer step
+    weight_decay: NotNegative = 0.0  # AdamW's, on matrices only
+    adam_beta1: BelowOne = 0.9  # AdamW's first decay rate
+    adam_beta2: BelowOne = 0.999  # AdamW's second decay rate
+    max_grad_norm: NotNegative = 1.0  # gradients are clipped to this norm; 0: they are not
+    bf16: bool = False  # compute in bfloat16, weights stay float32
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    fused_head: str = "on"  # losses straight from the head's input, without logits: on, off
+
+    # Adapter
+
+    peft: str | None = None  # lora: train an adapter beside the frozen weights
+    lora_r: Count = 16  # the adapter's rank
+    lora_alpha: Positive = 32.0  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_dropout: BelowOne = 0.0  # dropout before the adapter
+    # endings of the names of the layers to adapt; all-linear: all but the output head
+    lora_target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+
+    # Logging and saving
+
+    logging_steps: Count = 1  # optimizer steps between lines of metrics
+    save_steps: Natural | None = None  # steps between checkpoints; None: a tenth of all; 0: none
+    # how many checkpoints stay; None: all where save_steps is given, else 2, so that the disk lasts
+    save_total_limit: Count | None = None
+    eval_dataset: str | None = None  # held-out rows, like dataset; of splits the held-out one
+    eval_steps: Natural = 0  # optimizer steps between evaluations; 0: at the end only
+    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Raise UserError for an option out of its range, and for an output_dir that is not free."""
+    check_ranges(config)
+    check_report_to(config.report_to)
+    if config.fused_head not in FUSED_HEAD:
+        raise unknown_name("fused_head", config.fused_head, FUSED_HEAD)
+    if config.max_steps == 0:
+        raise UserError(f"max_steps must be at least 1, or -1, not {config.max_steps}")
+    if config.eval_steps and config.eval_dataset is None:
+        raise UserError("eval_steps is set, but there is no eval_dataset to evaluate on")
+    check_schedule(config)
+    _check_adapter(config)
+    check_apart(config.output_dir, inputs_of(config))
+    check_output_dir(config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume)
+    if config.resume:
+        check_same_options(config)
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    if config.peft is None:
+        for each in fields(config):
+            is_set = getattr(config, each.name) != default_of(each)
+            if each.name.startswith("lora_") and is_set:
+                raise UserError(
+                    f"{each.name} is set, but without peft there is no adapter: add --peft lora, "
+                    "or leave it out"
+                )
+        return
+    if config.peft not in ADAPTERS:
+        raise unknown_name("peft", config.peft, ADAPTERS)
+    if not config.lora_target_modules:
+        raise UserError("lora_target_modules is empty: name layers, or all-linear")
+    require_peft()
+    if is_adapter(config.model):
+        # the new adapter would name as its model one that lies nowhere
+        raise UserError(
+            f"model {config.model!r} is an adapter, and peft would put another on it: make it a "
+            "whole model first with `rlcore merge`"
+        )

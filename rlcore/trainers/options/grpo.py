@@ -1,0 +1,123 @@
+"""The options of GRPO, their checks, and the table of its loss types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlcore.errors import UserError, unknown_name
+from rlcore.functional.advantages import SCALES
+from rlcore.runs.ranges import Count, NotNegative, Positive, check_ranges
+from rlcore.trainers.options.sampling import SamplingConfig, check_sampling_config
+
+
+@dataclass(frozen=True)
+class LossType:
+    """How a loss is summed up over the optimization batch."""
+
+    loss_agg_mode: str  # of rl.policy_loss, as is the surrogate
+    all_processes: bool = True  # whose tokens or sequences the denominator counts
+    fixed_length: bool = False  # max_completion_length stands for every sequence's length
+    surrogate: str = "ppo_clip"
+
+
+LOSS_TYPES = {
+    "grpo": LossType("seq-mean-token-mean"),
+    "bnpo": LossType("token-mean", all_processes=False),
+    "dapo": LossType("token-mean"),
+    "dr_grpo": LossType("seq-mean-token-sum-norm", fixed_length=True),
+    "cispo": LossType("token-mean", surrogate="cispo"),
+    # TRL's "cispo": epsilon_high bounds the ratio itself
+    "cispo_abs": LossType("token-mean", surrogate="cispo_abs"),
+    "sapo": LossType("seq-mean-token-mean", surrogate="sapo"),
+}
+LEVELS = ("token", "sequence")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3_ratio")
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(SamplingConfig):
+    """GRPO."""
+
+    num_generations: Count = 8  # completions a prompt: a group
+    num_iterations: Count = 1  # times that a generation batch is gone through
+    steps_per_generation: Count | None = None  # micro-steps; None: gradient_accumulation_steps
+    scale_rewards: str = "group"  # divide advantages by the std of: group, batch, none
+
+    # Loss
+
+    loss_type: str = "dapo"  # grpo, dapo, dr_grpo, bnpo, cispo, cispo_abs, sapo: see LOSS_TYPES
+    importance_sampling_level: str = "token"  # or sequence: a completion's tokens share a ratio
+    epsilon: Positive = 0.2  # the ratio is clipped below 1 - epsilon
+    epsilon_high: Positive | None = None  # and above 1 + epsilon_high; None: epsilon
+    # the ratio's bound where the advantage is negative; None: none
+    delta: Positive | None = None
+    beta: NotNegative = 0.0  # weight of the KL to the reference; 0: no reference is loaded
+    kl_estimator: str = "k3"  # k1, k2, k3 or k3_ratio (k3 times the importance ratio)
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps that a generation batch is cut into."""
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Optimizer steps that one pass over a generation batch takes."""
+        return self.micro_steps // self.gradient_accumulation_steps
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps that a generation batch serves."""
+        return self.num_iterations * self.updates_per_pass
+
+    @property
+    def wants_reference(self) -> bool:
+        # without a KL term nothing asks for the reference's opinion
+        return self.beta != 0
+
+    @property
+    def surrogate_alone(self) -> bool:
+        """Nothing but advantages moves the policy."""
+        return self.beta == 0 and self.entropy_coef == 0
+
+
+def check_grpo_config(config: GRPOConfig, reward_count: int) -> None:
+    """Raise UserError for options out of their range or at odds with each other."""
+    _check_names(config)
+    check_ranges(config)
+    if config.num_generations < 2:
+        raise UserError(
+            f"num_generations must be at least 2, not {config.num_generations}: an advantage is "
+            "relative to the group's other completions"
+        )
+    if config.micro_steps % config.gradient_accumulation_steps:
+        raise UserError(
+            f"steps_per_generation ({config.micro_steps}) must be a multiple of "
+            f"gradient_accumulation_steps ({config.gradient_accumulation_steps})"
+        )
+    check_sampling_config(config, reward_count)
+    _check_surrogate(config)
+
+
+def _check_names(config: GRPOConfig) -> None:
+    for name, known in (
+        ("loss_type", LOSS_TYPES),
+        ("scale_rewards", SCALES),
+        ("kl_estimator", KL_ESTIMATORS),
+        ("importance_sampling_level", LEVELS),
+    ):
+        if getattr(config, name) not in known:
+            raise unknown_name(name, getattr(config, name), known)
+
+
+def _check_surrogate(config: GRPOConfig) -> None:
+    # imported here: the command line shows its help without the kernels
+    from rlcore.kernels.formulas.surrogates import SURROGATES
+
+    surrogate = SURROGATES[LOSS_TYPES[config.loss_type].surrogate]
+    for name in ("epsilon_high", "delta"):
+        value = getattr(config, name)
+        if value is not None and name not in surrogate.parameters:
+            raise UserError(f"loss_type {config.loss_type!r} does not use {name}: leave it out")
+        if value is None and name in surrogate.explicit:
+            raise UserError(f"loss_type {config.loss_type!r} needs {name}, 5.0 say")

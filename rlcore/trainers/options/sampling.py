@@ -1,0 +1,101 @@
+"""The options of every trainer that samples completions and has them judged, and their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlcore.errors import UserError
+from rlcore.runs.ranges import Count, Natural, NotNegative, Positive, Share
+from rlcore.trainers.options.base import TrainConfig, check_train_config
+
+
+@dataclass(kw_only=True)
+class SamplingConfig(TrainConfig):
+    """Sampling."""
+
+    num_generations: Count = 1  # completions a prompt
+    max_prompt_length: Count | None = 512  # of longer prompts the last tokens stay; None: all
+    max_completion_length: Count = 256  # new tokens at most
+    temperature: Positive = 1.0  # of sampling, and of the policy that is trained
+    top_p: Share = 1.0  # sample from the likeliest tokens of this mass
+    top_k: Natural = 0  # sample from this many of the likeliest tokens; 0: all
+
+    # Reward
+
+    reward: list[str] = field(default_factory=list)  # built-in names or package.module:function
+    code_sandbox: str | None = None  # package.module:function that runs code_runs' programs
+    reward_model: str | None = None  # a trained reward model; may stand beside other rewards
+    reward_weights: list[float] | None = None  # one a reward, the model's last; None: 1 each
+    normalize_rewards: bool = False  # by the mean and std of all rewards of the run so far
+    missing_eos_penalty: NotNegative | None = None  # taken off a completion that does not end
+    mask_truncated_completions: bool = False  # leave completions without an end out of the loss
+
+    # Reference
+
+    ref_model: str | None = None  # the reference; None: where the policy starts
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Optimizer steps that one pass over a generation batch takes."""
+        return 1
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps that a generation batch serves."""
+        return self.updates_per_pass
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps that a generation batch is cut into."""
+        return self.gradient_accumulation_steps * self.updates_per_pass
+
+    @property
+    def completions_per_process(self) -> int:
+        """Completions that each process samples at a time."""
+        return self.per_device_train_batch_size * self.micro_steps
+
+    @property
+    def prompts_per_process(self) -> int:
+        """Prompts that each process samples completions of at a time."""
+        return self.completions_per_process // self.num_generations
+
+    @property
+    def wants_reference(self) -> bool:
+        """Some term of this run asks for the reference's opinion."""
+        return False
+
+
+def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str = "beta") -> None:
+    """Raise UserError for options out of their range or at odds with each other.
+
+    Args:
+        reward_count: rewards that the run has.
+        weight: the option that, where it is not 0, makes a reference wanted.
+    """
+    check_train_config(config)
+    if config.peft is not None and config.lora_dropout:
+        raise UserError(
+            "lora_dropout must be 0 here: a policy's ratio to its older self means nothing where "
+            "each pass draws another network"
+        )
+    completions = config.completions_per_process
+    if completions % config.num_generations:
+        raise UserError(
+            f"a process samples per_device_train_batch_size x micro-steps = "
+            f"{config.per_device_train_batch_size} x {config.micro_steps} = {completions} "
+            f"completions at a time, which num_generations ({config.num_generations}) must divide"
+        )
+    if reward_count == 0:
+        raise UserError(
+            "no reward: give --reward NAME, --reward package.module:function or --reward-model DIR"
+        )
+    if config.code_sandbox is not None and "code_runs" not in config.reward:
+        raise UserError("code_sandbox is set, but the reward code_runs, which it serves, is not")
+    if config.reward_weights is not None and len(config.reward_weights) != reward_count:
+        raise UserError(
+            f"reward_weights has {len(config.reward_weights)} entries for {reward_count} rewards"
+        )
+    if config.ref_model is not None and not config.wants_reference:
+        raise UserError(
+            f"ref_model is set, but with {weight} 0 no reference is used: set {weight} too"
+        )

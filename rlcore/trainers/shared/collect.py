@@ -1,0 +1,238 @@
+"""From prompts to experience: sample, then have it judged; and held-out evaluation."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlcore.models.reward_model import RewardModel
+from rlcore.sampling import sandbox
+from rlcore.sampling.code_reward import code_runs, code_runs_in
+from rlcore.sampling.rewards import (
+    RewardFunction,
+    Rewards,
+    compute_rewards,
+    load_reward,
+    reward_name,
+)
+from rlcore.sampling.rollout import Rollout, generate
+from rlcore.trainers.options.sampling import SamplingConfig
+from rlcore.trainers.shared.divergence import stop_together
+from rlcore.trainers.shared.experience import Experience, from_rollout
+from rlcore.trainers.shared.run import Run, mix_seed, shared_out
+
+BROKEN = ("a logit over temperature, in sampling,", math.nan)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The run's reward functions, their names in the metrics, and their weights."""
+
+    functions: tuple[RewardFunction, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+    def __call__(self, columns: Mapping[str, Sequence], rollout: Rollout) -> Rewards:
+        """The rewards of N completions; `columns` has the data's, N entries each."""
+        others = {name: values for name, values in columns.items() if name != "prompt"}
+        return compute_rewards(
+            self.functions,
+            self.weights,
+            columns["prompt"],
+            rollout.completions,
+            others,
+            completion_ids=_unpadded(rollout),
+        )
+
+    def prepare(self, tokenizer: Any, device: torch.device) -> None:
+        """Load the reward models among the functions, for a policy with that tokenizer.
+
+        Where programs are run, one line on stderr says what holds them.
+        """
+        for model in self.reward_models:
+            model.prepare(tokenizer, device)
+        if code_runs in self.functions and os.environ.get("RANK", "0") == "0":
+            print(sandbox.describe(), file=sys.stderr)
+
+    @property
+    def reward_models(self) -> list[RewardModel]:
+        """Those of the functions that are models."""
+        return [each for each in self.functions if isinstance(each, RewardModel)]
+
+
+def _unpadded(rollout: Rollout) -> list[list[int]]:
+    """Each completion's tokens, up to and with eos."""
+    pairs = zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)
+    return [ids[mask].tolist() for ids, mask in pairs]
+
+
+def make_judge(config: SamplingConfig, functions: Iterable[RewardFunction] | None = None) -> Judge:
+    """The config's rewards, and the `functions` besides; like names get a number each."""
+    models = () if config.reward_model is None else (RewardModel(config.reward_model),)
+    named = [load_reward(name) for name in config.reward]
+    if config.code_sandbox is not None:
+        sandboxed = code_runs_in(config.code_sandbox)
+        named = [sandboxed if function is code_runs else function for function in named]
+    functions = (*named, *(functions or ()), *models)
+    weights = config.reward_weights
+    own = [reward_name(function) for function in functions]
+    unique = tuple(
+        name if own.count(name) == 1 else f"{name}_{own[:index].count(name)}"
+        for index, name in enumerate(own)
+    )
+    return Judge(functions, unique, None if weights is None else tuple(weights))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A generation batch: this process's completions, and how all of them were judged."""
+
+    experience: Experience  # this process's N completions, without advantages
+    truncated: torch.Tensor  # (N,) bool: they do not end
+    all_scores: torch.Tensor  # (M,) float32 of all processes, in their order; NaN: not judged
+    rank: int
+    metrics: dict[str, float]  # of the whole batch
+
+    def mine(self, values: torch.Tensor) -> torch.Tensor:
+        """This process's share (N,) of (M,) values, on the experience's device."""
+        count = len(self.experience)
+        share = values[self.rank * count : (self.rank + 1) * count]
+        return share.to(self.experience.input_ids.device)
+
+
+def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -> Sampled:
+    """Sample and judge a generation batch; counts its tokens in `run.num_tokens`.
+
+    Args:
+        chosen: the columns of the prompts of all processes.
+        seed: of the sampling; each process mixes its own out of it.
+    """
+    config, accelerator = run.config, run.accelerator
+    share, rank = config.prompts_per_process, accelerator.process_index
+    mine = {name: values[rank * share : (rank + 1) * share] for name, values in chosen.items()}
+    rollout = _generated(
+        run,
+        mine["prompt"],
+        num_generations=config.num_generations,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        seed=mix_seed(seed, rank),
+    )
+    stop_together(run, run.step + 1, BROKEN if rollout is None else None)
+    rewards = judge(_repeated(mine, config.num_generations), rollout)
+    everyone = _gathered(accelerator, rollout, rewards)
+    metrics = _metrics(everyone, judge, config.num_generations)
+    run.num_tokens += metrics["tokens"]
+    scores = everyone["total"]
+    if config.normalize_rewards:
+        run.reward_moments.add(scores[~scores.isnan()])
+        scores = run.reward_moments.normalized(scores)
+    scores = scores - (config.missing_eos_penalty or 0.0) * everyone["truncated"].float()
+    experience = from_rollout(rollout, mask_truncated_completions=config.mask_truncated_completions)
+    return Sampled(experience, rollout.truncated, scores, rank, metrics)
+
+
+def _generated(run: Run, prompts: Sequence, **options: Any) -> Rollout | None:
+    """Completions of the policy; None where its logits are no numbers."""
+    config = run.config
+    try:
+        return generate(
+            run.policy,
+            run.tokenizer,
+            prompts,
+            max_new_tokens=config.max_completion_length,
+            max_prompt_length=config.max_prompt_length,
+            full_length=run.is_sharded,
+            **options,
+        )
+    except FloatingPointError:
+        return None
+
+
+def _repeated(columns: Mapping[str, Sequence], times: int) -> dict[str, list]:
+    return {
+        name: [value for value in values for _ in range(times)] for name, values in columns.items()
+    }
+
+
+def _gathered(accelerator: Any, rollout: Rollout, rewards: Rewards) -> dict[str, torch.Tensor]:
+    """Rewards and lengths of all processes' completions, in the order of the processes."""
+    local = {
+        "total": rewards.total,
+        "per_function": rewards.per_function,
+        "length": rollout.completion_mask.sum(1),
+        "tokens": rollout.attention_mask.sum(1),
+        "truncated": rollout.truncated,
+    }
+    device = accelerator.device
+    return {
+        name: accelerator.gather(value.to(device).contiguous()).cpu()
+        for name, value in local.items()
+    }
+
+
+def _metrics(
+    everyone: Mapping[str, torch.Tensor], judge: Judge, num_generations: int
+) -> dict[str, float]:
+    """TRL's metrics of a generation batch."""
+    groups = everyone["total"].reshape(-1, num_generations)
+    std = _nanstd(groups)
+    length = everyone["length"].float()
+    metrics = {
+        "reward": groups.nanmean(),
+        "reward_std": std.mean(),
+        "frac_reward_zero_std": (std == 0).float().mean(),
+        "completions/mean_length": length.mean(),
+        "completions/min_length": length.min(),
+        "completions/max_length": length.max(),
+        "completions/clipped_ratio": everyone["truncated"].float().mean(),
+        "completions/unjudged": everyone["total"].isnan().sum(),
+        "tokens": everyone["tokens"].sum(),
+    }
+    for name, scores in zip(judge.names, everyone["per_function"].T, strict=True):
+        metrics[f"rewards/{name}/mean"] = scores.nanmean()
+        metrics[f"rewards/{name}/std"] = _nanstd(scores[None])[0]
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def _nanstd(rows: torch.Tensor) -> torch.Tensor:
+    """(R,): each row's unbiased std over what is no NaN; exactly 0 where all of it is equal."""
+    present = ~rows.isnan()
+    centered = torch.where(present, rows - rows.nanmean(1, keepdim=True), 0.0)
+    others = (present.sum(1) - 1).clamp(min=1)
+    lowest = rows.nan_to_num(torch.inf).amin(1)
+    highest = rows.nan_to_num(-torch.inf).amax(1)
+    std = (centered.square().sum(1) / others).sqrt()
+    return torch.where(lowest < highest, std, 0.0)
+
+
+@torch.no_grad()
+def evaluate(run: Run, rows: Any, judge: Judge) -> dict[str, float]:
+    """Rewards of one greedy completion for each held-out row: {"eval/reward", ...}."""
+    config, accelerator = run.config, run.accelerator
+    sums = torch.zeros(2 + len(judge.names), 2, dtype=torch.float64)
+    found = None
+    batches = shared_out(run, range(len(rows)), config.per_device_train_batch_size)
+    for batch, counts in batches:
+        columns = rows[list(batch)]
+        rollout = _generated(run, columns["prompt"], greedy=True)
+        if rollout is None:
+            found = BROKEN
+        if rollout is None or not counts:
+            continue
+        rewards = judge(columns, rollout)
+        length = rollout.completion_mask.sum(1).float().cpu()
+        values = torch.stack([rewards.total, length, *rewards.per_function.T])  # (2 + F, N)
+        sums += torch.stack([values.double().nansum(1), (~values.isnan()).sum(1)], dim=1)
+    stop_together(run, run.step, found)
+    total, count = accelerator.reduce(sums.to(accelerator.device), "sum").cpu().unbind(1)
+    means = (total / count.clamp(min=1)).tolist()
+    names = ["reward", "completions/mean_length", *(f"rewards/{n}/mean" for n in judge.names)]
+    return {f"eval/{name}": value for name, value in zip(names, means, strict=True)}

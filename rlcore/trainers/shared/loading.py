@@ -1,0 +1,119 @@
+"""The data of a run, to train on and held out: read, tokenized and checked at the start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rlcore.data.encoding import encode_prompts
+from rlcore.data.loaded import Extent, Tally, encoded, measured
+from rlcore.data.loading import load_rows
+from rlcore.data.rows import Rows
+from rlcore.models.limits import check_extent
+from rlcore.sampling.rewards import check_columns
+from rlcore.trainers.options.base import TrainConfig
+from rlcore.trainers.options.sampling import SamplingConfig
+from rlcore.trainers.shared.collect import Judge
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is evaluated on."""
+
+    train: Any  # Rows or Loaded, like held_out
+    held_out: Any | None
+    notes: tuple[str, ...]  # what the user should be told of them
+    new_tokens: int = 0  # that are sampled behind a sequence, at most
+
+    def check_models(self, tokenizer: Any, *models: Any | None) -> None:
+        """Raise UserError where one of the models cannot take the data's lengths or token ids."""
+        # a value model has its backbone and config inside
+        models = [getattr(model, "classifier", model) for model in models]
+        for data in (self.train, self.held_out):
+            for model in models:
+                if data is not None and hasattr(model, "config"):
+                    check_extent(model, data.extent, tokenizer, self.new_tokens)
+
+
+def load_data(config: TrainConfig, load: Callable[..., Any]) -> Data:
+    """What `load(path_or_name, held_out=...)` makes of the run's data sets."""
+    train = load(config.dataset, held_out=False)
+    if config.eval_dataset is None:
+        return Data(train, None, train.notes)
+    held_out = load(config.eval_dataset, held_out=True)
+    notes = tuple(dict.fromkeys([*train.notes, *held_out.notes]))
+    if len(train) == len(held_out) and all(a == b for a, b in zip(train, held_out, strict=True)):
+        notes += ("the held-out rows are the training rows: what eval/ measures was trained on",)
+    return Data(train, held_out, notes)
+
+
+def load_prompts(config: SamplingConfig, tokenizer: Any, judge: Judge) -> Data:
+    """Rows of {"prompt", ...}, every prompt of which was encoded once.
+
+    Raises:
+        UserError: data, columns or a prompt that do not work; the row is named.
+    """
+
+    def load(path_or_name: str, held_out: bool) -> Rows:
+        rows = load_rows(path_or_name, held_out=held_out)
+        check_columns(judge.functions, rows.column_names, path_or_name)
+        prompts = rows.select_columns(["prompt"])
+        rows.extent, cuts = _measured_prompts(prompts, tokenizer, config.max_prompt_length)
+        if judge.reward_models:
+            # they read prompts whole
+            whole, _ = _measured_prompts(prompts, tokenizer, None)
+            for each in judge.reward_models:
+                check_extent(each.model, whole, tokenizer, config.max_completion_length)
+        rows.notes += cuts + _null_fields_note(rows, path_or_name)
+        return rows
+
+    data = load_data(config, load)
+    notes = data.notes + _sampling_note(config)
+    return dataclasses.replace(data, notes=notes, new_tokens=config.max_completion_length)
+
+
+def _measured_prompts(
+    rows: Rows, tokenizer: Any, max_length: int | None
+) -> tuple[Extent, tuple[str, ...]]:
+    """The extent of the prompts as the policy gets them, and a note of those that are cut."""
+    tally = Tally(rows)
+
+    def sequences() -> Iterator[tuple[int, list[int]]]:
+        prompts = encoded(
+            rows, lambda batch: encode_prompts(tokenizer, [r["prompt"] for r in batch])
+        )
+        for row, ids in enumerate(prompts):
+            if max_length is not None and len(ids) > max_length:
+                tally.add(
+                    f"prompts lose their beginning to max_prompt_length {max_length}, be it bos or "
+                    "a system prompt",
+                    row,
+                )
+                ids = ids[-max_length:]
+            yield row, ids
+
+    return measured(rows, sequences()), tally.notes
+
+
+def _null_fields_note(rows: Rows, source: str) -> tuple[str, ...]:
+    if not rows.null_fields:
+        return ()
+    names = ", ".join(map(repr, rows.null_fields))
+    return (
+        f"{source}: objects in {names} have null fields, which is how a table stores fields that a "
+        "row lacks, and reward functions get them so; .jsonl keeps rows as they are",
+    )
+
+
+def _sampling_note(config: SamplingConfig) -> tuple[str, ...]:
+    options = [f"top_p {config.top_p}"] * (config.top_p < 1) + [f"top_k {config.top_k}"] * (
+        config.top_k > 0
+    )
+    if not options:
+        return ()
+    return (
+        f"{' and '.join(options)}: completions are sampled from the likeliest tokens alone, and "
+        "trained on as if from all of them; top_p 1 and top_k 0 sample what is trained",
+    )

@@ -1,0 +1,119 @@
+"""Whether a run that is resumed is still the same run: its options, its models and its data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlcore.errors import UserError
+from rlcore.models.adapters import base_of_adapter, is_adapter
+from rlcore.runs import fingerprints
+from rlcore.runs.config import load_config
+from rlcore.runs.output_dir import CONFIG_FILE, file_of_run
+from rlcore.runs.run_record import RECORD_FILE, read_record
+
+MODELS = ("model", "ref_model", "reward_model", "value_model")
+INPUTS = (*MODELS, "dataset", "eval_dataset")  # options that name what a run reads
+# how a run was started, not what it is: training.yaml holds neither
+START_OPTIONS = ("resume", "overwrite_output_dir")
+# what no step depends on but through how many there are
+_MAY_CHANGE = (
+    *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit"),
+    *("eval_dataset", "eval_steps", "report_to", "gradient_checkpointing"),
+)
+_NOT_COMPARED = (*START_OPTIONS, "output_dir")
+
+
+def inputs_of(config: Any) -> dict[str, str]:
+    """{option: path or name} of the models and data that the run reads, adapters' models too."""
+    given = {name: getattr(config, name, None) for name in INPUTS}
+    given = {name: value for name, value in given.items() if value is not None}
+    bases = {
+        f"{name}'s own model": base_of_adapter(given[name])
+        for name in MODELS
+        if name in given and is_adapter(given[name])
+    }
+    return given | {name: base for name, base in bases.items() if base is not None}
+
+
+def fingerprints_of(config: Any, rows: Iterable[Any]) -> dict[str, str]:
+    """{option: fingerprint} of the data, and of the models that lie on this machine."""
+    places = {name: Path(place) for name, place in inputs_of(config).items()}
+    models = {
+        name: fingerprints.of_model(place)
+        for name, place in places.items()
+        if name.startswith(MODELS) and place.is_dir()
+    }
+    return models | {"dataset": fingerprints.of_rows(rows)}
+
+
+def check_same_options(config: Any) -> str | None:
+    """What differs from the training.yaml of the run that `config` resumes, in one line.
+
+    Raises:
+        UserError: a difference after which the run would not go on as it would have.
+    """
+    path = file_of_run(config.output_dir, CONFIG_FILE)
+    if path is None:
+        return f"{config.output_dir} has no {CONFIG_FILE} to compare these options with"
+    _check_trainer(config)
+    before = load_config(type(config), path)
+    changes = {
+        field.name: f"{field.name} {_shown(before, field.name)} -> {_shown(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if field.name not in _NOT_COMPARED and not _is_same(before, config, field.name)
+    }
+    # of the data only the rows count, which `check_same_inputs` compares once they are read
+    fatal = [text for name, text in changes.items() if name not in (*_MAY_CHANGE, *_moved(config))]
+    if fatal:
+        raise UserError(
+            f"{config.output_dir} cannot be resumed with other options than {path} holds: "
+            f"{', '.join(fatal)}; give the old ones, or start a new run"
+        )
+    return f"resumed with {', '.join(changes.values())}" if changes else None
+
+
+def check_same_inputs(config: Any, present: Mapping[str, str]) -> None:
+    """Raise UserError where data or a model holds something else than when the run began."""
+    before = _recorded(config)
+    for name, place in inputs_of(config).items():
+        if before.get(name, present.get(name)) != present.get(name):
+            raise UserError(
+                f"{config.output_dir} cannot be resumed: {name} {place} is not what the run began "
+                "with; give that, or start a new run"
+            )
+
+
+def _check_trainer(config: Any) -> None:
+    record = file_of_run(config.output_dir, RECORD_FILE)
+    trainer = read_record(record.parent).trainer if record else ""
+    if trainer and trainer != type(config).__name__:
+        raise UserError(
+            f"{config.output_dir} holds a run of another trainer ({trainer}, not "
+            f"{type(config).__name__}): resume it with its own"
+        )
+
+
+def _recorded(config: Any) -> Mapping[str, str]:
+    record = file_of_run(config.output_dir, RECORD_FILE)
+    return read_record(record.parent).inputs if record else {}
+
+
+def _moved(config: Any) -> set[str]:
+    """Inputs whose content is compared, so that they may have another path."""
+    on_disk = {name for name, place in inputs_of(config).items() if Path(place).is_dir()}
+    return (on_disk | {"dataset"}) & _recorded(config).keys()
+
+
+def _is_same(before: Any, config: Any, name: str) -> bool:
+    old, new = getattr(before, name), getattr(config, name)
+    if old == new or name not in INPUTS or None in (old, new):
+        return old == new
+    return Path(old).exists() and Path(new).exists() and Path(old).samefile(new)
+
+
+def _shown(config: Any, name: str) -> str:
+    value = getattr(config, name)
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
