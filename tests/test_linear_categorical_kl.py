@@ -268,8 +268,8 @@ def test_the_operators_serve_torch_compile():
         return call(OP, pair, [torch.tanh(given[0]), *given[1:]], chunk_bytes=budget(pair, 2)).sum()
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for function in (compiled, model):
-        kl = function(*leaves)
+    for called in (compiled, model):
+        kl = called(*leaves)
         results = [kl.detach(), *torch.autograd.grad(kl, leaves)]
         if function is compiled:
             wanted = results

@@ -18,12 +18,12 @@ from rlcore.runs import checkpoint
 from rlcore.runs.checkpoint import checkpoints
 from rlcore.runs.locking import check_unlocked
 from rlcore.runs.output_dir import check_output_dir, claimed, file_of_run, last_resumable
+from rlcore.runs.resuming import INPUTS
 from rlcore.runs.run_record import note_start, note_written
 from rlcore.runs.tracking import Tracker, read_metrics
 from rlcore.trainers.grpo import train_grpo
 from rlcore.trainers.ppo import PPOConfig, train_ppo
 from rlcore.trainers.sft import train_sft
-from rlcore.trainers.shared.resuming import INPUTS
 
 
 def make_run(directory: Path) -> dict[str, bytes]:

@@ -75,7 +75,7 @@ def test_every_option_of_every_trainer_is_compared_or_may_change():
         *("logging_steps", "save_steps", "save_total_limit", "eval_dataset", "eval_steps"),
         *("report_to", "gradient_checkpointing"),
     }
-    from rlcore.trainers.shared import resuming
+    from rlcore.runs import resuming
 
     assert free == {*resuming._MAY_CHANGE, *resuming._NOT_COMPARED}
 

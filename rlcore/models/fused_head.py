@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-import rlcore as rl
 from rlcore.errors import UserError
+from rlcore.kernels.pairs.preference_loss import PreferenceLoss
+from rlcore.kernels.rows.policy_loss import PolicyLoss
+from rlcore.kernels.rows.token_logprob import TokenLogprob
 from rlcore.models.forward import reading_fault, sharded, unwrapped
 from rlcore.models.heads import FusedHead, choose_head
 
@@ -50,7 +52,7 @@ class ModelHead:
         *,
         labels: torch.Tensor | None = None,
         **options: Any,
-    ) -> rl.TokenLogprob:
+    ) -> TokenLogprob:
         """The labels' `rl.linear_token_logprob`: (logp, entropy, lse), differentiable.
 
         Args:
@@ -70,7 +72,7 @@ class ModelHead:
         *,
         labels: torch.Tensor | None = None,
         **options: Any,
-    ) -> rl.PolicyLoss:
+    ) -> PolicyLoss:
         """`rl.linear_policy_loss` of the labels: the loss and all gradients in one pass.
 
         Args:
@@ -92,7 +94,7 @@ class ModelHead:
         labels: torch.Tensor | None = None,
         ref_logp: torch.Tensor | None = None,
         **options: Any,
-    ) -> rl.PreferenceLoss:
+    ) -> PreferenceLoss:
         """`rl.linear_preference_loss` of rows [chosen; rejected], B even; ref_logp (B,) are sums.
 
         Raises:

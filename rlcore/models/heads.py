@@ -15,9 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-import rlcore as rl
 from rlcore.errors import UserError
+from rlcore.kernels.head.pairs import linear_preference_loss
+from rlcore.kernels.head.tokens import linear_policy_loss, linear_token_logprob
 from rlcore.kernels.pairs.answers import composed_preference_loss
+from rlcore.kernels.pairs.preference_loss import PreferenceLoss
+from rlcore.kernels.rows.policy_loss import PolicyLoss, policy_loss
+from rlcore.kernels.rows.token_logprob import TokenLogprob, token_logprob
 from rlcore.models.forward import (
     completion_logits,
     completion_outputs,
@@ -62,27 +66,27 @@ class LogitsHead:
 
     padding_free: bool = False  # the rows go through the model behind each other
 
-    def token_logprob(self, model: Any, batch: Completions, **options: Any) -> rl.TokenLogprob:
+    def token_logprob(self, model: Any, batch: Completions, **options: Any) -> TokenLogprob:
         """`rl.token_logprob` of the completions."""
         logits = self._logits(model, batch)
-        return rl.token_logprob(logits, batch.target, mask=batch.mask, **options)
+        return token_logprob(logits, batch.target, mask=batch.mask, **options)
 
     def policy_loss(
         self, model: Any, batch: Completions, advantage: torch.Tensor, **options: Any
-    ) -> rl.PolicyLoss:
+    ) -> PolicyLoss:
         """`rl.policy_loss` of the completions, whose logits take the gradient."""
         options = {"mask": batch.mask, "inplace_backward": model.training} | options
         logits = self._logits(model, batch)
-        return rl.policy_loss(logits, batch.target, advantage, **options)
+        return policy_loss(logits, batch.target, advantage, **options)
 
     def preference_loss(
         self, model: Any, batch: Completions, ref_logp: torch.Tensor | None, **options: Any
-    ) -> rl.PreferenceLoss:
+    ) -> PreferenceLoss:
         """`rl.linear_preference_loss` of rows [chosen; rejected], on the model's own logits."""
         logits = self._logits(model, batch)
 
-        def ask(temperature: float) -> rl.TokenLogprob:
-            return rl.token_logprob(
+        def ask(temperature: float) -> TokenLogprob:
+            return token_logprob(
                 logits, batch.target, mask=batch.mask, temperature=temperature, entropy=False
             )
 
@@ -105,27 +109,27 @@ class FusedHead:
     logit_scale: float = 1.0
     padding_free: bool = False  # the rows go through the model behind each other
 
-    def token_logprob(self, model: Any, batch: Completions, **options: Any) -> rl.TokenLogprob:
+    def token_logprob(self, model: Any, batch: Completions, **options: Any) -> TokenLogprob:
         """`rl.linear_token_logprob` of the completions."""
         hidden = self._hidden(model, batch)
-        return rl.linear_token_logprob(
+        return linear_token_logprob(
             hidden, self.layer.weight, batch.target, mask=batch.mask, **self.options(), **options
         )
 
     def policy_loss(
         self, model: Any, batch: Completions, advantage: torch.Tensor, **options: Any
-    ) -> rl.PolicyLoss:
+    ) -> PolicyLoss:
         """`rl.linear_policy_loss` of the completions."""
         options = {"mask": batch.mask} | self.options() | options
         hidden = self._hidden(model, batch)
-        return rl.linear_policy_loss(hidden, self.layer.weight, batch.target, advantage, **options)
+        return linear_policy_loss(hidden, self.layer.weight, batch.target, advantage, **options)
 
     def preference_loss(
         self, model: Any, batch: Completions, ref_logp: torch.Tensor | None, **options: Any
-    ) -> rl.PreferenceLoss:
+    ) -> PreferenceLoss:
         """`rl.linear_preference_loss` of rows [chosen; rejected]."""
         hidden = self._hidden(model, batch)
-        return rl.linear_preference_loss(
+        return linear_preference_loss(
             hidden, self.layer.weight, batch.target, batch.mask, ref_logp,
             **self.options(), **options,
         )  # fmt: skip
@@ -244,7 +248,7 @@ def _is_exact(head: FusedHead, model: Any) -> bool:
     batch, plain = _probe(model), LogitsHead()
 
     def agrees(logits: torch.Tensor) -> bool:
-        want = rl.token_logprob(logits, batch.target, mask=batch.mask, entropy=False).logp
+        want = token_logprob(logits, batch.target, mask=batch.mask, entropy=False).logp
         return _same(head.token_logprob(model, batch, entropy=False).logp, want, model)
 
     with evaluating(model):

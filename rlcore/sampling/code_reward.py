@@ -3,7 +3,8 @@
     1.0 where sandbox(program, tests, seconds) is true, else 0.0
 
 The program is the completion's last fenced block of Python, or the whole completion. The default
-sandbox is `rlcore.sampling.sandbox.passes`; docs/code_rewards.md says what it holds off and what not.
+sandbox is `rlcore.sampling.sandbox.passes`; docs/code_rewards.md says what it holds off and what
+not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Compiles kernels for every target without a GPU and reads what came out.
 
-`python -m rlcore.bench.static.compile_gate MODULE ...` prints it as JSON. A module under TRITON_INTERPRET
-has no compilable kernels, so `compiled()` runs this file in a process of its own. A kernel module
-offers `compile_specs()`, which yields dicts with the keys name, fn, signature, constexprs,
-options, and optionally attrs (argument name -> divisibility).
+`python -m rlcore.bench.static.compile_gate MODULE ...` prints it as JSON. A module under
+TRITON_INTERPRET has no compilable kernels, so `compiled()` runs this file in a process of its own.
+A kernel module offers `compile_specs()`, which yields dicts with the keys name, fn, signature,
+constexprs, options, and optionally attrs (argument name -> divisibility).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The side of the tests: they run here, on values that the program's process is asked for.
 
-Started by `rlcore.sampling.sandbox` with a job on its input; the verdict is what it writes, and no process
-of the program's can write there, end this process, or read its memory.
+Started by `rlcore.sampling.sandbox` with a job on its input; the verdict is what it writes, and no
+process of the program's can write there, end this process, or read its memory.
 """
 
 from __future__ import annotations

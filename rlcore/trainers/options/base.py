@@ -20,9 +20,9 @@ from rlcore.runs.ranges import (
     Steps,
     check_ranges,
 )
+from rlcore.runs.resuming import check_same_options, inputs_of
 from rlcore.runs.tracking import check_report_to
 from rlcore.trainers.options.schedules import check_schedule
-from rlcore.trainers.shared.resuming import check_same_options, inputs_of
 
 FUSED_HEAD = ("on", "off")
 ADAPTERS = ("lora",)

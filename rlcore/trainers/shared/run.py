@@ -28,18 +28,18 @@ from rlcore.models.loading import no_progress_bars
 from rlcore.runs import checkpoint, output_dir
 from rlcore.runs.atomic import remove_leftovers
 from rlcore.runs.config import save_config
+from rlcore.runs.resuming import (
+    START_OPTIONS,
+    check_same_inputs,
+    check_same_options,
+    fingerprints_of,
+)
 from rlcore.runs.run_record import note_start
 from rlcore.runs.tracking import Tracker
 from rlcore.trainers.options.base import TrainConfig
 from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.shared.divergence import check_sound, require_finite
 from rlcore.trainers.shared.metrics import Log, Moments
-from rlcore.trainers.shared.resuming import (
-    START_OPTIONS,
-    check_same_inputs,
-    check_same_options,
-    fingerprints_of,
-)
 from rlcore.trainers.shared.stopping import StopRequest, stop_request
 
 Item = TypeVar("Item")
