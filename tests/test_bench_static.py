@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 VARIANTS = """
 import torch
 import rlcore as rl
-from rlcore.bench.launches import recorded
+from rlcore.bench.static.launches import recorded
 
 N, T, V = 6, 40, 1031
 z = torch.randn(2, 3, V, dtype=torch.bfloat16, requires_grad=True)
@@ -103,7 +103,7 @@ def test_every_variant_that_a_call_can_launch_compiles():
 def test_recording_sees_alignment_constants_and_nothing_else():
     code = """
 import torch, triton, triton.language as tl
-from rlcore.bench.launches import recorded
+from rlcore.bench.static.launches import recorded
 
 @triton.jit
 def kernel(X, n, scale, BLOCK: tl.constexpr):

@@ -42,6 +42,8 @@ FLOORS = [
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # (module, what it may import from above, when it is called by that name)
 LOOKED_UP_BY_NAME = {("rlcore.sampling.rewards", "rlcore.demo.arithmetic")}
+# copied by the mutants of the tests, and run by the sandbox's processes, under another name
+RELATIVE = ("rlcore.kernels.", "rlcore.sampling.sandbox")
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
 
 
@@ -128,6 +130,18 @@ def test_kernels_import_torch_triton_and_themselves(name):
 def test_the_library_imports_neither_tests_nor_benchmarks(name):
     roots = {target.split(".")[0] for target in imports(name, MODULES[name])}
     assert not roots & {"tests", "benchmarks", "helpers", "kernels"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_kernels_import_each_other_relatively_and_all_others_by_full_names(name):
+    nodes = list(running_nodes(ast.parse(MODULES[name])))
+    relative = {node.level > 0 for node in nodes if isinstance(node, ast.ImportFrom)}
+    if name.startswith(RELATIVE):
+        targets = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+        targets |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+        assert "rlcore" not in {target.split(".")[0] for target in targets}
+    else:
+        assert True not in relative
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The fused head in eager mode: autograd functions around the passes of linear_passes.py."""
+"""The fused head in eager mode: autograd functions around the passes of token_passes.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The fused head as registered operators, for torch.compile and other tracers.
 
-Functional twins of the autograd functions in linear_autograd.py, over the same passes.
+Functional twins of the autograd functions in autograd.py, over the same passes.
 """
 
 from __future__ import annotations

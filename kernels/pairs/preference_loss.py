@@ -2,7 +2,7 @@
 
     loss = mean over pairs of  sum over loss types of  weight * formula(log-ratios)
 
-The formulas stand in preference_formulas.py.
+The formulas stand in formulas/pair_losses.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scores and log-probabilities to KL-shaped rewards, and on to GAE, in Triton.
 
-    r_t = -beta KL_t + (score at the row's last counted token),  then the recurrence of scan_kernels
+    r_t = -beta KL_t + (score at the row's last counted token),  then the recurrence of scan.py
 
 A row is swept from its end by one program, which sees the last counted token before all others,
 and keeps the count, mean and squared deviations of the advantages, for whitening them.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from ..kernels.checks import checks_types
+from rlcore.kernels.checks import checks_types
 
 
 @checks_types

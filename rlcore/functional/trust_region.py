@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.checks import check_finite, check_positive, checks_types
+from rlcore.kernels.checks import check_finite, check_positive, checks_types
 
 Vector = TypeVar("Vector", Tensor, list[Tensor], tuple[Tensor, ...])
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-from .patching import Patch
+from rlcore.integrations.patching import Patch
 
 
 class ChangedPeer(RuntimeError):

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from rlcore.functional.losses import pairwise_reward_loss, value_loss
+from rlcore.integrations.bindings import NamePatch, require_signature
+from rlcore.integrations.logp_loss import policy_loss_from_logp
 from rlcore.kernels.formulas.sequence_ratio import sequence_mean
 from rlcore.kernels.limits import log_ratio
 from rlcore.kernels.pairs.preference_loss import preference_loss
 from rlcore.kernels.rows.token_logprob import token_logprob
-
-from .bindings import NamePatch, require_signature
-from .logp_loss import policy_loss_from_logp
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .verl import patch
+from rlcore.integrations.verl import patch
 
 patch()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from .verl import register
+from rlcore.integrations.verl import register
 
 try:
     register()

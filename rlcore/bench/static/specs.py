@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.backend import tl
-from ...kernels.formulas.surrogates import SURROGATES
-from ...kernels.rows import fisher, policy_loss, token_logprob
-from ...kernels.triton_backend import categorical_kl as categorical
-from ...kernels.triton_backend.sweep import ONE_SWEEP_TILE, TWO_SWEEP_TILE, choose_launch
-from . import scan_specs
+from rlcore.bench.static import scan_specs
+from rlcore.kernels.backend import tl
+from rlcore.kernels.formulas.surrogates import SURROGATES
+from rlcore.kernels.rows import fisher, policy_loss, token_logprob
+from rlcore.kernels.triton_backend import categorical_kl as categorical
+from rlcore.kernels.triton_backend.sweep import ONE_SWEEP_TILE, TWO_SWEEP_TILE, choose_launch
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SHAPE = dict.fromkeys(token_logprob.UNSPECIALIZED, "i32")

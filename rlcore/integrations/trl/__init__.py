@@ -26,11 +26,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ..bindings import ChangedPeer, NamePatch, require_signature
-from . import head as trl_head
-from . import plans as trl_plans
-from . import policy as trl_policy
-from .policy import FusedLogpsMixin
+from rlcore.integrations.bindings import ChangedPeer, NamePatch, require_signature
+from rlcore.integrations.trl import head as trl_head
+from rlcore.integrations.trl import plans as trl_plans
+from rlcore.integrations.trl import policy as trl_policy
+from rlcore.integrations.trl.policy import FusedLogpsMixin
 
 __all__ = ["ChangedPeer", "FusedLogpsMixin", "TRLPatch", "patch", "unpatch"]
 

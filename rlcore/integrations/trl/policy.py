@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 import rlcore as rl
+from rlcore.integrations.logp_loss import policy_loss_from_logp
+from rlcore.integrations.patching import Patch
+from rlcore.integrations.trl.plans import PLANS, tokens_of
 from rlcore.models.forward import unwrapped
 from rlcore.models.heads import FusedHead, choose_head, joined, stopped_at
-
-from ..logp_loss import policy_loss_from_logp
-from ..patching import Patch
-from .plans import PLANS, tokens_of
 
 logger = logging.getLogger("rlcore.integrations.trl")
 

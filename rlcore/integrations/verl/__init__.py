@@ -18,12 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
+from rlcore.integrations.bindings import NamePatch, require_signature
+from rlcore.integrations.verl.advantages import ESTIMATORS, gae
+from rlcore.integrations.verl.losses import LOSSES, make_policy_loss
 from rlcore.kernels.head.tokens import linear_token_logprob
 from rlcore.kernels.rows.token_logprob import token_logprob
-
-from ..bindings import NamePatch, require_signature
-from .advantages import ESTIMATORS, gae
-from .losses import LOSSES, make_policy_loss
 
 logger = logging.getLogger(__name__)
 

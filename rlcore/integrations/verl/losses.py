@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from rlcore.functional.corrections import kl_cov_mask
+from rlcore.integrations.logp_loss import policy_loss_from_logp
 from rlcore.kernels.formulas.sequence_ratio import sequence_mean
 from rlcore.kernels.formulas.sequences import AGGREGATIONS
 from rlcore.kernels.formulas.surrogates import SURROGATES
 from rlcore.kernels.limits import log_ratio
-
-from ..logp_loss import policy_loss_from_logp
 
 # verl holds a sequence's log-ratio at this, with no gradient; as a bound on the ratio
 GSPO_BOUND = math.exp(10.0)
