@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.grpo import config, make_run
 from helpers.ranks import launch_two
 from helpers.uneven_shares import HELD_OUT, assert_same_step, every_run, write_data
 
 from rlcore.models.loading import load_policy
+from rlcore.trainers.shared import run
 
 RUNS = [
     *(f"{name}{n}" for n in HELD_OUT for name in ("sft", "dpo", "precomputed", "reward_model")),
@@ -58,3 +60,12 @@ def test_a_process_without_a_pair_of_its_own_takes_the_others_step(two_and_one):
     assert (
         one["online"]["metrics"]["rewards/margins"] == two["online"]["metrics"]["rewards/margins"]
     )
+
+
+def test_a_directory_is_claimed_once_every_process_has_looked_at_it(monkeypatch, tmp_path):
+    made = make_run(config(tmp_path))
+    seen = []
+    monkeypatch.setattr(made.accelerator, "wait_for_everyone", lambda: seen.append("waited"))
+    monkeypatch.setattr(run, "_claim", lambda *_: seen.append("claimed"))
+    with run.tracking(made, object(), "GRPO", ()):
+        assert seen == ["waited", "claimed"]

@@ -235,6 +235,7 @@ def tracking(
         for note in run.notes if run.accelerator.is_main_process else ():
             tracker.message(note)
         yield tracker
+    # the processes meet here: none returns before the model is saved
     if signal_number := _asked_to_stop(run):
         raise _stopped(run, signal_number, run.total_steps)
 
@@ -436,10 +437,8 @@ def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None)
     check_sound(run, run.total_steps)
     if beside is not None:
         beside(Path(run.config.output_dir))
-    run.accelerator.wait_for_everyone()
     weights = whole_weights(run)
     if run.accelerator.is_main_process:
         with no_progress_bars():
             checkpoint.save_model(run.policy, run.tokenizer, run.config.output_dir, weights)
-    run.accelerator.wait_for_everyone()
     return Result(Path(run.config.output_dir), run.total_steps, log.last, run.policy)
