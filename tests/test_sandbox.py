@@ -101,6 +101,16 @@ def test_each_fence_can_be_missing(fence):
         (SQUARE, "def test_f(a_fixture):\n    assert f(2) == 4", False),
         (SQUARE, "f(", False),
         (f"{SQUARE}\n1 / 0", WANTED, False),
+        (SQUARE, "# none", True),
+        # what asks nothing is no test: nobody calls these
+        (SQUARE, "def check(candidate):\n    assert candidate(2) == 5", False),
+        (SQUARE, "class Check:\n    def test_f(self):\n        assert f(2) == 4", False),
+        (
+            SQUARE,
+            "import unittest\nclass T(unittest.TestCase):\n    def f_is_right(self): f(2)",
+            False,
+        ),
+        (SQUARE, "def check(candidate):\n    assert candidate(2) == 4\ncheck(f)", True),
     ],
 )
 def test_the_program_runs_to_its_end_and_every_test_must_hold(program, tests, verdict):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -20,6 +22,8 @@ from .proxies import Program
 from .worker import READY, Worker
 
 PASSED, FAILED, BROKEN = b"passed", b"failed", b"broken"
+# as which modules tests import the program
+PROGRAM_MODULES = ("solution", "program", "main", "__main__")
 
 
 def main() -> None:
@@ -75,18 +79,23 @@ def _judge(requests: BinaryIO, replies: BinaryIO, source: str, tests: str) -> by
 
 
 def run_tests(program: Program, source: str) -> None:
-    """Run tests that name what the program defines; raises what a failing one raises."""
+    """Run tests that name what the program defines; raises what a failing one raises.
+
+    Tests that name nothing of it (a `check` that nobody calls) would content every program.
+    """
     tree = _Held().visit(ast.parse(source))
     names = _Names(program, tree)
-    sys.modules["__main__"] = _TestsModule(names)
+    for name in PROGRAM_MODULES:
+        sys.modules[name] = _ProgramModule(name, names)
     sys.argv = ["tests.py"]
-    if "unittest" in source:
-        import unittest
-
-        unittest.main = lambda *_, **__: None  # they run below
+    for runner in ("unittest", "pytest"):
+        if runner in source:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(runner).main = lambda *_, **__: None  # they run below
     exec(compile(ast.fix_missing_locations(tree), "tests.py", "exec"), names)
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    run_collected(names, used)
+    run_collected(names, _words(tree))
+    if tree.body and not names.asked:
+        raise AssertionError("the tests ask nothing of the program")
 
 
 class _Held(ast.NodeTransformer):
@@ -108,39 +117,50 @@ class _Names(dict):
     """
 
     def __init__(self, program: Program, tree: ast.AST):
-        super().__init__({"__name__": "__main__", _HOLDER: program})
+        super().__init__({"__name__": "__main__", "__file__": "tests.py", _HOLDER: program})
         self._program = program
-        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - {_HOLDER}
+        self.asked = False  # whether anything of the program was named
+        used = _words(tree) - {_HOLDER}
         self._programs_own = not used - _bound(tree) - set(dir(builtins))
 
     def __missing__(self, name: str) -> Any:
         if name.startswith("__") or (hasattr(builtins, name) and not self._programs_own):
             raise KeyError(name)
+        self.asked = True
         return self._program.named(name)
 
 
+def _words(tree: ast.AST) -> set[str]:
+    """The names in a source, but for attributes and what is imported."""
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
 def _bound(tree: ast.AST) -> set[str]:
-    """The names that tests bind themselves."""
-    bound = set()
+    """The names that tests bind themselves, to what is not the program's."""
+    bound, of_program = set(), set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in PROGRAM_MODULES:
+            of_program.update(node.names)
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             bound.add(node.id)
         elif isinstance(node, ast.arg):
             bound.add(node.arg)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             bound.add(node.name)
-        elif isinstance(node, ast.alias):
+        elif isinstance(node, ast.alias) and not (
+            node in of_program or node.name in PROGRAM_MODULES
+        ):
             bound.add((node.asname or node.name).partition(".")[0])
         elif isinstance(node, ast.ExceptHandler) and node.name:
             bound.add(node.name)
     return bound
 
 
-class _TestsModule(types.ModuleType):
-    """The tests as a module, for what looks them up in sys.modules."""
+class _ProgramModule(types.ModuleType):
+    """The tests' names, then the program's, as a module: some tests import what they test."""
 
-    def __init__(self, names: _Names):
-        super().__init__("__main__")
+    def __init__(self, name: str, names: _Names):
+        super().__init__(name)
         self.__dict__["_sandbox_names"] = names
 
     def __getattr__(self, name: str) -> Any:
