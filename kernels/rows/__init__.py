@@ -1,1 +1,1 @@
-"""From logits (N, V): public function, autograd, operator."""
+"""From logits (N, V): public functions, their autograd functions and operators."""

@@ -1,1 +1,1 @@
-"""How everything else computes it: blocks of rows, hand-written gradients."""
+"""How every other device computes it: PyTorch by blocks of rows, with gradients by hand."""

@@ -1,1 +1,1 @@
-"""How a GPU computes it: Triton kernels and their launches."""
+"""How a GPU computes it: Triton kernels, and the tiles and launches that they share."""

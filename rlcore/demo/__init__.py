@@ -1,1 +1,1 @@
-"""The embedded task and what is trained on it."""
+"""The embedded arithmetic task, the demo, and the survey of all trainers on it."""

@@ -1,1 +1,1 @@
-"""Losses, advantages and corrections in plain PyTorch, without a model."""
+"""Losses, advantages, corrections and solvers in plain PyTorch, without a model."""

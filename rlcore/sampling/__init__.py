@@ -1,1 +1,1 @@
-"""From prompts to judged completions."""
+"""From prompts to judged completions: decoding, rewards, the sandbox for code."""

@@ -1,1 +1,1 @@
-"""What compiled kernels show without a GPU."""
+"""What compiled kernels show without a GPU: registers, access widths, bytes, recompilations."""

@@ -1,1 +1,1 @@
-"""The trainers' options: one dataclass per algorithm."""
+"""The trainers' options, one dataclass per algorithm, and their checks."""

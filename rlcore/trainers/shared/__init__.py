@@ -1,1 +1,1 @@
-"""What the trainers share by importing functions."""
+"""What several trainers import: the run, its data, experience, policies, critic, metrics."""
