@@ -437,6 +437,25 @@ def test_what_a_dead_process_left_half_written_is_removed(tmp_path):
     assert left == {"model", *(path.name for path in others)}
 
 
+def test_a_directory_that_is_there_is_written_on_its_own_disk(tmp_path):
+    """It may be a mount or a link, and what lies beside it another disk, or not ours to write."""
+    run, beside = tmp_path / "disk", tmp_path / "elsewhere" / "run"
+    run.mkdir()
+    beside.parent.mkdir()
+    beside.symlink_to(run)
+    left = run / ".model.partial123"
+    left.mkdir()
+    for round in range(2):
+        with atomic.staged(beside) as staging:
+            assert not left.exists()
+            assert staging.parent.samefile(run)
+            (staging / "templates").mkdir()
+            (staging / "templates" / "one").write_text(str(round))
+            assert [path.name for path in beside.parent.iterdir()] == ["run"]
+        assert [path.name for path in run.iterdir()] == ["templates"]
+        assert (run / "templates" / "one").read_text() == str(round)
+
+
 def test_directories_above_are_made_where_they_are_missing(setup, tmp_path):
     save_model(tiny_model(), None, tmp_path / "not" / "there" / "model")
     assert loadable(tmp_path / "not" / "there" / "model") is not None

@@ -15,6 +15,7 @@ from helpers.runs import content, grpo_config, killed, sft_config, write_rows
 from rlcore.cli import main
 from rlcore.errors import UserError
 from rlcore.runs import checkpoint
+from rlcore.runs.atomic import IN_PLACE
 from rlcore.runs.checkpoint import checkpoints
 from rlcore.runs.locking import check_unlocked
 from rlcore.runs.output_dir import check_output_dir, claimed, file_of_run, last_resumable
@@ -45,6 +46,17 @@ def make_run(directory: Path) -> dict[str, bytes]:
 def old(tmp_path) -> Path:
     make_run(tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_a_model_that_a_killed_run_left_half_written_is_no_result(tmp_path):
+    with claimed(tmp_path):
+        note_start(tmp_path, "SFTConfig", {})
+    half = tmp_path / f".{IN_PLACE}.partial12"
+    half.mkdir()
+    (half / "model.safetensors").write_text("half")
+    check_output_dir(tmp_path)
+    with claimed(tmp_path):
+        assert not half.exists()
 
 
 # Inputs and the output directory

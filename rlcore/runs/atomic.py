@@ -16,6 +16,7 @@ from pathlib import Path
 from rlcore.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
+IN_PLACE = "model"  # what is written for a directory that is there already
 _MAKES_WHOLE = (MANIFEST_FILE, "config.json", "adapter_config.json")
 # how the libraries that write in C++ and Rust say that the disk took no more
 _DISK_ERROR = re.compile(r"os error \d+|I/O error|inline_container|PytorchStreamWriter")
@@ -33,10 +34,14 @@ def staging_path(directory: Path, tag: str | int = "") -> Path:
 def staged(directory: Path) -> Iterator[Path]:
     """A fresh sibling of `directory` that takes its place when the block ends without an error.
 
+    A directory that is there may be a mount or a link, with another disk beside it: then what is
+    yielded lies in it, and its files take their places one by one.
+
     Raises UserError, and leaves nothing, where the disk is full or cannot be written.
     """
-    staging = staging_path(directory, os.getpid())
-    remove_leftovers(staging.parent, re.escape(directory.absolute().name))
+    place = directory / IN_PLACE if directory.is_dir() else directory.absolute()
+    staging = staging_path(place, os.getpid())
+    remove_leftovers(staging.parent, re.escape(place.name))
     with writing(directory):
         try:
             staging.mkdir(parents=True)
@@ -130,7 +135,10 @@ def _replace_files(staging: Path, directory: Path) -> None:
     for old in directory.glob("model*.safetensors*"):
         old.unlink()
     for path in sorted(staging.iterdir(), key=lambda path: path.name in _MAKES_WHOLE):
-        os.replace(path, directory / path.name)
+        target = directory / path.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        os.replace(path, target)
     staging.rmdir()
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rlcore.errors import UserError
+from rlcore.runs.atomic import IN_PLACE
 from rlcore.runs.checkpoint import checkpoints, newest_intact
 from rlcore.runs.locking import LOCK_FILE, check_unlocked, locked
 from rlcore.runs.run_record import RECORD_FILE, read_record
@@ -29,8 +30,9 @@ REPLACED = ".replaced"
 _HALF_MOVED = ".replaced.partial"  # on its way into REPLACED, or back from there
 # what runs write besides what their record names: without a result, and with one
 _EARLY = {METRICS_FILE, "metrics.partial", CONFIG_FILE, RECORD_FILE, "tensorboard", "wandb"}
-STAGED = r"checkpoint-\d+|value_model|value_head\.safetensors"  # what a run writes in whole pieces
-_RESULTS = re.compile(STAGED)
+_PIECES = r"checkpoint-\d+|value_model|value_head\.safetensors"  # what a run writes as a whole
+STAGED = rf"{_PIECES}|{IN_PLACE}"  # what it may leave half written
+_RESULTS = re.compile(_PIECES)
 _HALF_WRITTEN = re.compile(rf"\.({STAGED})\.partial\d*")
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -247,7 +246,6 @@ def _claim(run: Run, held: contextlib.ExitStack) -> None:
         directory, overwrite=config.overwrite_output_dir, resume=config.resume
     )
     run.notes += held.enter_context(claim)
-    remove_leftovers(directory.parent, re.escape(directory.name))
     remove_leftovers(directory, output_dir.STAGED)
     note_start(directory, type(config).__name__, run.inputs)
     save_config(config, directory / output_dir.CONFIG_FILE, without=START_OPTIONS)
