@@ -274,7 +274,10 @@ def _print_commands(console: Console) -> None:
 def _print_options(
     console: Console, name: str, command: Command, all_options: list[Option]
 ) -> None:
-    """Every flag on a line: name and type, what it does, [default]; group by group."""
+    """Every flag: name and type, what it does, [default]; group by group.
+
+    On a terminal the words wrap beside the names; elsewhere a flag is a line, for grep.
+    """
     console.print(f"usage: rlcore {name} [--config FILE.yaml] [--flag value ...]", markup=False)
     console.print(f"\n{command.summary}. Flags win over the YAML file.", highlight=False)
     width = max(len(_left(option)) for option in all_options)
@@ -286,14 +289,21 @@ def _print_options(
 
 
 def _left(option: Option) -> str:
-    kind = "" if option.type == "bool" else f" {option.type.replace(' | None', '')}"
-    return f"  {flag_name(option.name)}{kind}"
+    flag = flag_name(option.name)
+    if option.type != "bool":
+        return f"  {flag} {option.type.replace(' | None', '')}"
+    return f"  {flag.replace('--', '--[no-]', 1)}" if option.default == "True" else f"  {flag}"
 
 
 def _print_option(console: Console, option: Option, width: int) -> None:
-    line = Text(f"{_left(option):<{width}}  {option.help}")
+    words = Text(option.help)
     if option.default is None:
-        line.append("  required", style="bold")
+        words.append("  required", style="bold")
     elif option.default != "False":
-        line.append(f"  [{option.default}]", style="dim")
-    console.print(line, soft_wrap=True)
+        words.append(f"  [{option.default}]", style="dim")
+    if console.is_terminal and console.width > width + 20:
+        line = Table.grid(padding=(0, 2))
+        line.add_row(Text(f"{_left(option):<{width}}", no_wrap=True), words)
+        console.print(line)
+    else:
+        console.print(Text(f"{_left(option):<{width}}  ") + words, soft_wrap=True)

@@ -72,8 +72,10 @@ def reasons_of(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None where none is like it."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """The known name of which `name` is a word, else the one most like it; None without one."""
+    known = list(known)
+    found = [each for each in known if name in each.split()]
+    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return found[0] if found else None
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import rlcore
@@ -18,6 +20,9 @@ from rlcore.cli import COMMANDS, Command, main
 from rlcore.demo.arithmetic import make_task
 from rlcore.errors import TrainingDiverged, UserError
 from rlcore.runs import checkpoint
+from rlcore.runs.options import options
+from rlcore.sampling.rewards import REWARDS
+from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,6 +122,8 @@ def test_an_unknown_yaml_key_names_file_and_nearest(capsys, tmp_path):
         (["train", "--foo"], "train sft, train pg"),
         (["train", "dop"], "unknown command 'train dop'"),
         (["--foo"], "unknown command '--foo'"),
+        (["sft", "--model", "x"], "Did you mean 'train sft'?"),
+        (["report"], "Did you mean 'bench report'?"),
         (["train", "sft"], "required, but not given: --model, --dataset, --output-dir"),
         (["train", "sft", "--config"], "--config needs a YAML file"),
         (["train", "sft", "--config=a", "--config", "b"], "--config is given twice"),
@@ -260,6 +267,31 @@ def test_the_help_of_a_command_has_one_line_a_flag_with_its_default(capsys):
         flags = [line for line in capsys.readouterr().out.splitlines() if "  --" in line]
         # name, type and default are there by themselves; the words are the author's
         assert all(len(line.split("  ")) >= 3 for line in flags)
+
+
+def test_help_fits_a_terminal_and_leaves_words_whole(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "Console", lambda: Console(force_terminal=True, width=80))
+    assert main(["train", "grpo", "--help"]) == 0
+    shown = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 80
+    text = " ".join(shown.split())
+    assert "--seed int of data order, dropout and sampling [0]" in text
+    column = next(line.index("of data") for line in shown.splitlines() if "--seed int" in line)
+    wrapped = [
+        line for line in shown.splitlines() if line.rstrip().endswith("start from  required")
+    ]
+    assert [len(line) - len(line.lstrip()) for line in wrapped] == [column]
+
+
+def test_help_names_every_choice_of_a_loss_and_a_reward():
+    helps = {option.name: option.help for option in options(GRPOConfig)}
+    assert all(name in helps["loss_type"] for name in LOSS_TYPES)
+    assert all(name in helps["reward"] for name in REWARDS)
+
+
+def test_help_shows_how_to_switch_off_what_is_on(capsys):
+    assert main(["bench", "--help"]) == 0
+    assert "  --[no-]memory " in capsys.readouterr().out
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -60,7 +60,7 @@ def test_a_column_that_only_later_rows_have_is_none_before(file):
 @pytest.mark.parametrize(
     "second_line, message",
     [
-        ('{"prompt": "b"', "rows.jsonl, line 2: not JSON"),
+        ('{"prompt": "b"', "rows.jsonl, line 2, column 15: not JSON: Expecting ',' delimiter$"),
         ("[1, 2]", "rows.jsonl, line 2: a row must be a JSON object, not list"),
         ({"question": "b"}, r"line 2: needs the column 'prompt'; columns found: 'question'"),
         ({"prompt": None}, "line 2: needs the column 'prompt'"),

@@ -172,8 +172,22 @@ def test_a_directory_that_is_not_there_is_named(load, tmp_path):
 
 @pytest.mark.parametrize("load", [load_tokenizer, load_policy])
 def test_a_directory_without_a_model_is_one_clear_error(load, tmp_path):
-    with pytest.raises(UserError, match=f"cannot load a .* from '{tmp_path}'"):
+    with pytest.raises(UserError, match=f"cannot load a .* from '{tmp_path}': .*no config.json"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_policy])
+def test_a_file_in_the_place_of_a_model_is_called_a_file(load, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"rows.jsonl': it is a file, not a model's directory"):
+        load(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_mistyped_directory_is_not_told_as_a_fault_of_the_network_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"'runs/stf': there is no such directory.*hub"):
+        load_tokenizer("runs/stf")
 
 
 def test_a_damaged_weight_file_is_one_clear_error(tmp_path):

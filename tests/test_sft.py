@@ -170,6 +170,15 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path):
         assert [line[name] for line in whole] == [line[name] for line in resumed]
 
 
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(config, capsys):
+    train_sft(dataclasses.replace(config, max_steps=1, save_steps=1))
+    weights = Path(config.output_dir, "model.safetensors").read_bytes()
+    assert "nothing is left to train" not in capsys.readouterr().err
+    train_sft(dataclasses.replace(config, max_steps=1, save_steps=1, resume=True))
+    assert "the run's 1 steps were done before: nothing is left to train" in capsys.readouterr().err
+    assert Path(config.output_dir, "model.safetensors").read_bytes() == weights
+
+
 def test_the_seed_decides_the_run(config, tmp_path):
     runs = {}
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):

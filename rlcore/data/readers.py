@@ -70,7 +70,11 @@ def _json_lines(lines: TextIO, name: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                # its own message counts lines within this one
+                place = f"{name}, line {number}, column {error.colno}"
+                raise UserError(f"{place}: not JSON: {error.msg}") from error
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{name}, line {number}: not JSON: {error}") from error
 

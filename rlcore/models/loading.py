@@ -229,6 +229,8 @@ def _load(auto_class: Any, what: str, name_or_path: str, **options: Any) -> Any:
     path = Path(name_or_path)
     # A path that is not there would be asked for on the hub, with a message about repositories.
     looks_local = path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1
+    if path.is_file():
+        raise UserError(f"no {what} at {name_or_path!r}: it is a file, not a model's directory")
     if looks_local and not path.is_dir():
         raise UserError(f"no {what} at {name_or_path!r}: there is no such directory")
     try:
@@ -236,8 +238,17 @@ def _load(auto_class: Any, what: str, name_or_path: str, **options: Any) -> Any:
             return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
     except Exception as error:
         # Everything from a missing file to a broken header: transformers knows many error types.
-        reason = reason_of(error)
+        reason = _why_not_loaded(path, error)
         raise UserError(f"cannot load a {what} from {name_or_path!r}: {reason}") from error
+
+
+def _why_not_loaded(path: Path, error: Exception) -> str:
+    """What the user can see to; without a configuration transformers speaks of anything else."""
+    if not path.is_dir():
+        return f"there is no such directory here, and as a name on the hub: {reason_of(error)}"
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return "the directory has no config.json, so it holds no model"
+    return reason_of(error)
 
 
 @contextlib.contextmanager

@@ -143,7 +143,10 @@ def discard_empty(directory: str | Path) -> None:
 def _check_free(directory: Path, overwrite: bool, resume: bool) -> None:
     if resume:
         if last_resumable(directory) is None:
-            raise UserError(f"nothing to resume: {directory} holds no complete checkpoint")
+            raise UserError(
+                f"nothing to resume: {directory} holds no complete checkpoint; start without "
+                "--resume"
+            )
         return
     if not directory.is_dir() or _is_free(directory):
         return

@@ -45,7 +45,7 @@ class GRPOConfig(SamplingConfig):
 
     # Loss
 
-    loss_type: str = "dapo"  # grpo, dapo, dr_grpo, bnpo, cispo, cispo_abs, sapo: see LOSS_TYPES
+    loss_type: str = "dapo"  # grpo, dapo, dr_grpo, bnpo, cispo, cispo_abs or sapo
     importance_sampling_level: str = "token"  # or sequence: a completion's tokens share a ratio
     epsilon: Positive = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: Positive | None = None  # and above 1 + epsilon_high; None: epsilon

@@ -22,7 +22,9 @@ class SamplingConfig(TrainConfig):
 
     # Reward
 
-    reward: list[str] = field(default_factory=list)  # built-in names or package.module:function
+    # package.module:function of your own, or arithmetic, code_runs, exact_match, math_verify,
+    # regex_match, think_format
+    reward: list[str] = field(default_factory=list)
     code_sandbox: str | None = None  # package.module:function that runs code_runs' programs
     reward_model: str | None = None  # a trained reward model; may stand beside other rewards
     reward_weights: list[float] | None = None  # one a reward, the model's last; None: 1 each

@@ -178,6 +178,9 @@ def _load_last_checkpoint(run: Run) -> None:
     state = checkpoint.load_checkpoint(run.accelerator, previous)
     if state["step"] > run.total_steps:
         raise UserError(f"{previous} is beyond this run's last step, {run.total_steps}")
+    if state["step"] == run.total_steps:
+        steps = run.total_steps
+        run.notes.append(f"the run's {steps} steps were done before: nothing is left to train")
     run.step = run.first_step = state["step"]
     run.num_tokens = state["num_tokens"]
     run.reward_moments = Moments(**state["reward_moments"])
