@@ -412,3 +412,14 @@ def test_options_of_an_adapter_without_one_are_refused(tmp_path, config_class, o
     (name,) = option
     with pytest.raises(UserError, match=f"{name} is set, but without peft"):
         OTHERS[config_class](dataclasses.replace(config, **option))
+
+
+@pytest.mark.parametrize("name, said", [("test", True), ("tests", False)])
+def test_programs_without_tests_to_pass_are_told(tmp_path, name, said):
+    path = write(tmp_path, [{"prompt": "1", name: "assert f(1) == 2"}])
+    config = GRPOConfig(
+        model="unused", dataset=path, output_dir=str(tmp_path / "run"), reward=["code_runs"]
+    )
+    notes = load_prompts(config, tiny_tokenizer(), make_judge(config)).notes
+    told = f"{path} has no column 'tests': code_runs rewards every program that runs"
+    assert list(notes) == [told] * said

@@ -101,7 +101,7 @@ def encode_examples(tokenizer: Any, rows: Rows, max_length: int | None = None) -
         examples.append(short)
         places.append(row)
     if not examples:
-        raise UserError("no row of the dataset has a completion within max_length tokens")
+        raise UserError(f"no row is left: {'; '.join(tally.notes)}")
     examples.notes = rows.notes + tally.notes
     ids = (example.prompt + example.completion for example in examples)
     examples.extent = measured(rows, zip(places, ids, strict=True))

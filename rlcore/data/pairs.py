@@ -62,9 +62,7 @@ def load_pairs(
             pairs.append(fitting)
             places.append(row)
     if not pairs:
-        raise UserError(
-            f"{path_or_name}: no pair has both answers within max_length tokens and different"
-        )
+        raise UserError(f"no pair is left: {'; '.join(tally.notes)}")
     pairs.notes = rows.notes + tally.notes
     pairs.extent = measured(
         rows,

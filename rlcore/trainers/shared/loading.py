@@ -67,6 +67,10 @@ def load_prompts(config: SamplingConfig, tokenizer: Any, judge: Judge) -> Data:
             for each in judge.reward_models:
                 check_extent(each.model, whole, tokenizer, config.max_completion_length)
         rows.notes += cuts + _null_fields_note(rows, path_or_name)
+        if "code_runs" in config.reward and "tests" not in rows.column_names:
+            rows.notes += (
+                f"{path_or_name} has no column 'tests': code_runs rewards every program that runs",
+            )
         return rows
 
     data = load_data(config, load)
