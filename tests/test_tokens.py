@@ -74,7 +74,8 @@ def sampled(monkeypatch, tokenizer, prompt, *scripts):
     model = model_of(len(tokenizer))
     steps = max(map(len, scripts))
     columns = torch.tensor([[*s, *[3] * (steps - len(s))] for s in scripts]).T
-    script = iter(columns)
+    fit = torch.zeros(len(scripts), dtype=torch.bool)
+    script = iter([(column, fit) for column in columns])
     monkeypatch.setattr(rollout, "_likeliest", lambda logits: next(script))
     return generate(
         model,
