@@ -319,6 +319,8 @@ def test_the_old_run_stays_aside_until_the_new_one_has_finished(old):
     assert killed(die_after_a_step) == -signal.SIGKILL  # now with two to keep
     assert content(old / ".replaced" / ".replaced") == before
     assert checkpoints(old) == []
+    with pytest.raises(UserError, match=r"nothing to resume.*before it is kept in .*/\.replaced"):
+        check_output_dir(old, resume=True)
     with claimed(old, overwrite=True):
         note_start(old, "SFTConfig", {})
         (old / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')

@@ -143,9 +143,11 @@ def discard_empty(directory: str | Path) -> None:
 def _check_free(directory: Path, overwrite: bool, resume: bool) -> None:
     if resume:
         if last_resumable(directory) is None:
+            kept = directory / REPLACED
+            hint = f" (the run before it is kept in {kept})" if kept.is_dir() else ""
             raise UserError(
-                f"nothing to resume: {directory} holds no complete checkpoint; start without "
-                "--resume"
+                f"nothing to resume: {directory} holds no complete checkpoint{hint}; start "
+                "without --resume"
             )
         return
     if not directory.is_dir() or _is_free(directory):
