@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,7 @@ def _run(arguments: list[str]) -> int:
         from rlcore.runs.output_dir import check_apart
 
         check_apart(config.output_dir, {"config": yaml_path})
-    _quiet_transformers()
+    _quiet_libraries()
     try:
         result = getattr(module, command.function)(config)
     except TrainingStopped as stop:
@@ -199,8 +200,12 @@ def _way_on(config: Any) -> str:
     return f"; the same command with --resume{instead} goes on from {last.name}"
 
 
-def _quiet_transformers() -> None:
-    """Its bars for reading and writing files would tear the progress display; downloads show."""
+def _quiet_libraries() -> None:
+    """transformers' bars for reading and writing files would tear the progress display.
+
+    Downloads show. What every process is told of accelerate's choice of words is no user's to mend.
+    """
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 

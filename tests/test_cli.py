@@ -226,7 +226,7 @@ def command(monkeypatch):
     def add(function):
         fake = Command(__name__, "NoOptions", function.__name__, "for the test")
         monkeypatch.setitem(COMMANDS, "fake", fake)
-        monkeypatch.setattr(cli, "_quiet_transformers", lambda: None)
+        monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
         return main(["fake"])
 
     return add
