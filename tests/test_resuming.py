@@ -175,3 +175,27 @@ def test_fingerprints_see_every_column_the_order_and_every_weight(tmp_path):
     before = fingerprints.of_model(one)
     (one / "notes.txt").write_text("mine")
     assert fingerprints.of_model(one) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_a_models_fingerprint_holds_each_file_that_shapes_what_it_does(tmp_path, name):
+    (tmp_path / name).write_text("one")
+    before = fingerprints.of_model(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("a line")
+    assert fingerprints.of_model(tmp_path) == before
+    (tmp_path / name).write_text("two")
+    assert fingerprints.of_model(tmp_path) != before
+
+
+@pytest.mark.parametrize("place", [0, 1 << 20, (2 << 20) - 1])
+def test_a_models_fingerprint_looks_at_the_beginning_the_middle_and_the_end(tmp_path, place):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(2 << 20))
+    before = fingerprints.of_model(tmp_path)
+    changed = bytearray(2 << 20)
+    part = slice(max(place - (1 << 17), 0), place + (1 << 17))
+    changed[part] = b"x" * len(changed[part])
+    weights.write_bytes(changed)
+    assert fingerprints.of_model(tmp_path) != before
