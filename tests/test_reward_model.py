@@ -14,9 +14,10 @@ from helpers.tiny import save_tiny, tiny_tokenizer
 from rlcore.cli import main
 from rlcore.data.encoding import pad
 from rlcore.data.pairs import collate_pairs, load_pairs
+from rlcore.demo.arithmetic import make_tokenizer
 from rlcore.demo.tiny_model import train_tokenizer
 from rlcore.errors import UserError
-from rlcore.models.loading import load_classifier, load_tokenizer
+from rlcore.models.loading import check_tokenizer, load_classifier, load_tokenizer
 from rlcore.models.reward_model import RewardModel, sequence_scores
 from rlcore.runs.tracking import read_metrics
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
@@ -262,6 +263,24 @@ def test_a_reward_model_of_another_tokenizer_is_refused(tmp_path, pairs):
     with pytest.raises(UserError, match="has another tokenizer than the policy"):
         train_grpo(grpo_config(tmp_path, str(reward_model)))
     assert not (tmp_path / "grpo").exists()
+
+
+def test_a_tokenizer_may_have_more_than_the_policys_tokens_but_none_elsewhere(tmp_path):
+    policy = make_tokenizer()
+    more = make_tokenizer()
+    more.add_special_tokens({"pad_token": "[padding]"})
+    more.save_pretrained(tmp_path / "more")
+    assert check_tokenizer("reward_model", str(tmp_path / "more"), policy).pad_token == "[padding]"
+    with pytest.raises(UserError, match=r"'\[padding\]' is \d+ for the policy and no token there"):
+        policy.save_pretrained(tmp_path / "policy")
+        check_tokenizer("ref_model", str(tmp_path / "policy"), more)
+    swapped = json.loads((tmp_path / "policy" / "tokenizer.json").read_text())
+    vocabulary = swapped["model"]["vocab"]
+    one, two = (token for token, index in vocabulary.items() if index in (300, 301))
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (tmp_path / "policy" / "tokenizer.json").write_text(json.dumps(swapped))
+    with pytest.raises(UserError, match="is 300 for the policy and 301 there"):
+        check_tokenizer("ref_model", str(tmp_path / "policy"), policy)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
 def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> Any:
     """The tokenizer of the model that `option` names, which must read the policy's tokens.
 
+    It may have more than those: a reward model often has a token of its own to pad with.
+
     Args:
         tokenizer: the policy's.
 
@@ -61,11 +63,14 @@ def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> Any:
         UserError: it reads other ones.
     """
     own = load_tokenizer(name_or_path)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"{option} {name_or_path!r} has another tokenizer than the policy ({len(own)} tokens, "
-            f"not {len(tokenizer)}), whose tokens it is to read: choose one of the policy's family"
-        )
+    known = own.get_vocab()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if known.get(token) != index:
+            raise UserError(
+                f"{option} {name_or_path!r} has another tokenizer than the policy, whose tokens it "
+                f"is to read: {token!r} is {index} for the policy and "
+                f"{known.get(token, 'no token')} there; choose one of the policy's family"
+            )
     return own
 
 
