@@ -57,6 +57,13 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(tmp_path, m
     assert model_bytes(tmp_path / "run") == model_bytes(whole.output_dir)
 
 
+def test_of_two_signals_the_first_is_the_reason():
+    with stop_request() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert request.signal == signal.SIGTERM
+
+
 def test_a_generation_batch_is_finished_first(tmp_path):
     config = grpo_config(tmp_path)
     whole = train_with_digits(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
