@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from rlcore.errors import UserError
 from rlcore.runs import checkpoint
 from rlcore.runs.atomic import IN_PLACE
 from rlcore.runs.checkpoint import checkpoints
-from rlcore.runs.locking import check_unlocked
+from rlcore.runs.locking import LOCK_FILE, check_unlocked, locked
 from rlcore.runs.output_dir import check_output_dir, claimed, file_of_run, last_resumable
 from rlcore.runs.resuming import INPUTS
 from rlcore.runs.run_record import note_start, note_written
@@ -328,6 +329,20 @@ def test_the_old_run_stays_aside_until_the_new_one_has_finished(old):
 
 
 # The lock
+
+
+def test_a_lock_file_that_its_holder_has_just_removed_is_no_lock(tmp_path, monkeypatch):
+    flock, removed = fcntl.flock, []
+
+    def flock_late(descriptor, operation):
+        if not removed:
+            removed.append(tmp_path / LOCK_FILE)
+            removed[0].unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with locked(tmp_path), pytest.raises(UserError, match="another run"):
+        check_unlocked(tmp_path)
 
 
 def test_two_runs_do_not_share_a_directory_and_a_dead_one_lets_go(tmp_path):
