@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from itertools import chain
 from typing import TypeVar
@@ -67,6 +68,12 @@ def _check_type(name: str, value, kind: tuple[type, ...]) -> None:
         raise ValueError(f"{name} must be a tensor, got {found}: pass {make}({name})")
     if str in kind:
         raise ValueError(f"{name} must be a string, got {found} {value!r}")
+    if float not in kind:
+        try:
+            operator.index(value)
+        except TypeError:
+            message = f"{name} must be a whole number, got {found} {value!r}"
+            raise ValueError(message) from None
     check_numbers(**{name: value})
 
 
@@ -81,18 +88,19 @@ def check_numbers(**values: float) -> None:
             raise ValueError(f"{name} must be a number, got {found}")
 
 
-def check_num_items(num_items: int | float | Tensor | None) -> None:
-    """A count in a denominator: positive and finite, or a scalar tensor, which a GPU keeps."""
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}")
-        if num_items.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        num_items = num_items.item()
-    if num_items is not None:
-        check_numbers(num_items=num_items)
-        check_positive(num_items=num_items)
-        check_finite(num_items=num_items)
+def check_denominators(**values: int | float | Tensor | None) -> None:
+    """Every given one is positive and finite, or a scalar tensor, which a GPU keeps."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
+            if value.device.type != "cpu" or torch.compiler.is_compiling():
+                continue
+            value = value.item()
+        if value is not None:
+            check_numbers(**{name: value})
+            check_positive(**{name: value})
+            check_finite(**{name: value})
 
 
 def check_positive(**values: float | None) -> None:

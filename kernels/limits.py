@@ -72,8 +72,10 @@ def times(a: Tensor, b: Tensor) -> Tensor:
 
 def times_exp(a: Tensor, x: Tensor) -> Tensor:
     """a e^x, without gradient; 0 where one is 0 and the other infinite."""
-    half = torch.exp(0.5 * x.detach())
-    return _product(_product(a, half), half)
+    x = x.detach()
+    half = torch.exp(0.5 * x)
+    product = a * half * half
+    return torch.where(product.isnan() & (a == a) & (x == x), 0.0, product)
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -113,7 +115,8 @@ def times_(a, b):
 def times_exp_(a, x):
     """The jitted twin of `times_exp`."""
     half = tl.exp(0.5 * x)
-    return times_(times_(a, half), half)
+    product = a * half * half
+    return tl.where((product != product) & (a == a) & (x == x), 0.0, product)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 
 import numpy as np
@@ -48,7 +49,7 @@ GOOD = {
         "hidden": x(2 * B, T, H), "target": ids(2 * B, T), "mask": true(2 * B, T),
         "ref_logp": x(2 * B), "beta": 0.1, "num_items": 2,
     },
-    "plan_linear": {"hidden": x(N, H), "weight": x(V, H), "bias": x(V)},
+    "plan_linear": {"hidden": x(N, H), "weight": x(V, H), "bias": x(V), "chunk_bytes": 9},
     "categorical_kl": {
         "p_logits": x(N, V), "q_logits": x(N, V), "mask": true(N), "temperature": 1.0,
     },
@@ -114,6 +115,8 @@ def wrong_values(function: str, name: str, good) -> dict[str, object]:
         return {}
     if not isinstance(good, Tensor):
         wrong = {"a list": [good], "a string": "many"}
+        if parameter.annotation in ("int", "int | None"):
+            wrong["a fraction"] = good + 0.5
         return wrong if parameter.default is None else wrong | {"nothing": None}
     wrong = {"an array": good.numpy(), "a list": good.tolist()}
     if (function, name) in LOOSE:
@@ -151,3 +154,38 @@ def test_a_numpy_count_is_a_number():
     assert loss.item() == pytest.approx(1.0)
     with pytest.raises(ValueError, match="num_items must be positive"):
         rl.value_loss(value, value, value, num_items=np.int64(-3))
+
+
+NORM = {"loss_agg_mode": "seq-mean-token-sum-norm"}
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 0, math.inf, math.nan, "x", [2], torch.zeros(()), x(2)])
+def test_a_length_in_the_denominator_is_one_positive_number(wrong):
+    with pytest.raises(ValueError, match="norm_length"):
+        rl.policy_loss(x(N, V), **POLICY | NORM, norm_length=wrong)
+
+
+@pytest.mark.parametrize("wrong", [3, {"kl_coef": "x"}, {"kl_coef": None}, {"kl_coef": x(2)}])
+def test_a_surrogates_parameter_is_a_number(wrong):
+    with pytest.raises(ValueError, match=r"surrogate_params|kl_coef"):
+        rl.policy_loss(x(N, V), ids(N), x(N), surrogate="kl_cov", surrogate_params=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("loss_type", None), ("loss_type", 3), ("loss_weights", 1.0), ("loss_weights", "a"),
+        ("loss_weights", ["a"]), ("loss_weights", [None]),
+    ],
+)  # fmt: skip
+def test_a_loss_type_is_a_name_and_its_weight_a_number(name, wrong):
+    with pytest.raises(ValueError, match=name):
+        rl.preference_loss(*(x(B) for _ in range(4)), **{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_number_in_the_place_of_a_tensor_is_finite(wrong):
+    with pytest.raises(ValueError, match="kl must be a finite number"):
+        rl.kto_loss(x(B), x(B), true(B), kl=wrong)
+    with pytest.raises(ValueError, match="margin must be a finite number"):
+        rl.pairwise_reward_loss(x(B), x(B), margin=wrong)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import DEVICE
@@ -332,6 +334,17 @@ def test_the_same_bits_twice_and_no_pairs_at_all():
     loss = fused(rl.linear_preference_loss, empty, leaves).loss
     loss.backward()
     assert loss == 0 and leaves[1].grad.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_answers_without_a_counted_token_have_a_loss_and_no_gradient(dtype, backend):
+    inputs = Inputs(dtype)
+    inputs.mask[:] = False
+    leaves = inputs.leaves()
+    loss = fused(rl.linear_preference_loss, inputs, leaves, name="simpo", backend=backend).loss
+    # -log sigmoid(-simpo_gamma), as both answers' means are 0
+    assert loss.item() == pytest.approx(math.log1p(math.exp(0.5)), rel=1e-6)
+    assert not any(g.any() for g in torch.autograd.grad(loss, leaves))
 
 
 def test_it_compiles_with_the_model_around_it():

@@ -247,6 +247,28 @@ def test_sapo_far_off_policy_has_a_shut_gate_and_no_nan(log_ratio, device, backe
     assert out.loss.isfinite() and not dz.any()
 
 
+def test_sapo_with_its_gate_shut_has_no_gradient_however_large_the_advantage(device, backend):
+    inputs = policy_inputs(flat(4, 30, torch.float32), surrogate="sapo")
+    logp = oracle.token_logprob(inputs.logits, inputs.target)[0]
+    inputs.options["old_logp"] = logp - 10
+    inputs.advantage = torch.tensor([3e38, -3e38, 1e38, -1e38])
+    out, dz = run(inputs, device, backend)
+    assert out.loss.isfinite() and not dz.any()
+
+
+def test_a_derivative_beyond_the_dtype_is_held_before_it_is_weighted(device, backend):
+    z = torch.zeros(2, 2, device=device, requires_grad=True)
+    target, advantage = torch.zeros(2, dtype=torch.long, device=device), torch.tensor([-1.0, 1.0])
+    out = rl.policy_loss(
+        z, target, advantage.to(device), old_logp=torch.full((2,), -1e4, device=device),
+        surrogate="kl_cov", num_items=1e6, backend=backend,
+    )  # fmt: skip
+    (dz,) = torch.autograd.grad(out.loss, z)
+    largest = torch.finfo(torch.float32).max
+    want = largest / 1e6 / 2 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    torch.testing.assert_close(dz.cpu(), want)
+
+
 @pytest.mark.parametrize("name", ["sapo", "cispo", "ppo_penalty", "dppo_tv", "dppo_kl"])
 def test_on_policy_they_have_the_gradient_of_reinforce(name, device, backend):
     inputs = policy_inputs(flat(8, 30, torch.float32))

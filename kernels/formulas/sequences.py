@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import check_num_items
+from ..checks import check_denominators
 
 
 def token_weight(
@@ -47,9 +47,7 @@ def token_weight(
         raise ValueError(
             f"norm_length belongs to loss_agg_mode 'seq-mean-token-sum-norm', not {loss_agg_mode!r}"
         )
-    check_num_items(num_items)
-    if isinstance(norm_length, int | float) and not norm_length > 0:
-        raise ValueError(f"norm_length must be positive, got {norm_length}")
+    check_denominators(num_items=num_items, norm_length=norm_length)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, mask)
     if isinstance(num_items, Tensor):

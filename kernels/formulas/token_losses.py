@@ -162,8 +162,9 @@ def sapo(logp, old_logp, advantage, parameters):
     # the smaller of p and 1 - p: the larger loses it in rounding
     tail = torch.sigmoid(-distance.abs())
     gate = torch.where(distance > 0, 1 - tail, tail)
-    slope = -4 * advantage * tail * (1 - tail) * torch.exp(near)
-    return known(-4 * advantage * gate / tau, (x, slope)), slope, _nowhere(logp)
+    # the advantage last: it may be large, and the gate all but shut
+    slope = -advantage * (4 * tail * (1 - tail) * torch.exp(near))
+    return known(-advantage * (4 * gate / tau), (x, slope)), slope, _nowhere(logp)
 
 
 @triton.jit
@@ -176,8 +177,8 @@ def _sapo(logp, old_logp, advantage, parameters):
     shut = tl.exp(-tl.abs(distance))
     tail = shut / (1 + shut)
     gate = tl.where(distance > 0, 1 - tail, tail)
-    slope = -4 * advantage * tail * (1 - tail) * tl.exp(near)
-    return -4 * advantage * gate / tau, slope, logp < logp
+    slope = -advantage * (4 * tail * (1 - tail) * tl.exp(near))
+    return -advantage * (4 * gate / tau), slope, logp < logp
 
 
 def dppo_tv(logp, old_logp, advantage, parameters):

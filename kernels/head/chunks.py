@@ -34,8 +34,9 @@ def unit_of(head: Head, *given: Tensor | None) -> Tensor:
     sure token's, would fall out of that range, and one of 1e5 leave it at the other end; a power
     of two costs no bit. What is not finite is not counted, and spoils its own token alone.
     """
-    given = [torch.where(g.isfinite(), g, 0.0).abs().max() for g in given if g is not None]
-    largest = torch.stack(given).max() * head.steepest
+    given = [torch.where(g.isfinite(), g, 0.0).abs() for g in given if g is not None]
+    # a 0 more, as there may be no token
+    largest = torch.cat([given[0].new_zeros(1), *given]).max() * head.steepest
     unit = torch.exp2(torch.floor(torch.log2(largest)))
     return torch.where(largest > 0, unit, 1.0) / FLOAT16_ROOM
 

@@ -117,7 +117,7 @@ def _two_sides(tensors: Sequence[Tensor | None], runs: tuple[Run, Run]) -> tuple
 
 def _unit(sides: tuple[_Side, _Side], kl: Tensor, dkl: Tensor) -> Tensor | None:
     """The unit of both sides' gradients, where one is float16: p (log p - log q - KL) / T of p."""
-    if torch.float16 not in (side.weight.dtype for side in sides) or not len(kl):
+    if torch.float16 not in (side.weight.dtype for side in sides):
         return None
     steepest = max((side.head for side in sides), key=lambda head: head.steepest)
     return unit_of(steepest, dkl * (1 + kl.clamp(max=torch.finfo(kl.dtype).max)))

@@ -234,7 +234,7 @@ def logprob_backward(
     mask counts, in their order, or is None: then the logits are made again.
     """
     unit = None
-    if hidden.dtype == torch.float16 and len(target):
+    if hidden.dtype == torch.float16:
         masked = (None if g is None else torch.where(mask, g, 0.0) for g in given)
         unit = unit_of(run.head, *masked)
         given = [None if g is None else g / unit for g in given]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_num_items
+from ..checks import check_denominators
 from ..rows.token_logprob import TokenLogprob
 from .preference_loss import PreferenceLoss, PreferenceOptions, make_pairs, preference_options
 
@@ -26,7 +26,7 @@ class Answers:
     num_items: int | float | Tensor | None = None  # None: B
 
     def __post_init__(self) -> None:
-        check_num_items(self.num_items)
+        check_denominators(num_items=self.num_items)
 
     def loss(
         self, logp: Tensor, options: PreferenceOptions, pairs: slice = slice(None)

@@ -7,7 +7,7 @@ The formulas stand in formulas/pair_losses.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..checks import (
+    check_denominators,
     check_finite,
     check_name,
-    check_num_items,
     check_numbers,
     check_positive,
     checks_types,
@@ -92,13 +92,19 @@ def preference_options(
     **parameters: float,
 ) -> PreferenceOptions:
     """Check the options; ValueError names the one that does not work."""
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    names = (loss_type,) if isinstance(loss_type, str) else _several("loss_type", loss_type)
     if not names:
         raise ValueError("loss_type is empty: name one, 'sigmoid' say")
     for name in names:
         check_name("loss_type", name, PREFERENCE_LOSSES)
-    weights = (1.0,) * len(names) if loss_weights is None else tuple(map(float, loss_weights))
-    check_finite(**{f"loss_weights[{i}]": weight for i, weight in enumerate(weights)})
+    weights = (1.0,) * len(names)
+    if loss_weights is not None:
+        given = {
+            f"loss_weights[{i}]": w for i, w in enumerate(_several("loss_weights", loss_weights))
+        }
+        check_numbers(**given)
+        check_finite(**given)
+        weights = tuple(map(float, given.values()))
     if len(weights) != len(names):
         raise ValueError(
             f"loss_weights must have an entry for each of the {len(names)} loss types, it has "
@@ -115,6 +121,12 @@ def preference_options(
             "its formula takes the log-ratios apart"
         )
     return PreferenceOptions(names, weights, numbers, f_divergence_type, f_alpha_divergence_coef)
+
+
+def _several(name: str, values: Sequence) -> tuple:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list, an entry for each loss, got {values!r}")
+    return tuple(values)
 
 
 def _check_parameters(names: tuple[str, ...], parameters: Parameters) -> None:
@@ -230,7 +242,7 @@ def preference_loss(
         "pair_weight": pair_weight,
     }
     _check_given(chosen_logp, given, options)
-    check_num_items(num_items)
+    check_denominators(num_items=num_items)
     pairs = make_pairs(
         chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_length,
         rejected_length, options,
@@ -300,7 +312,7 @@ def kto_loss(
     }
     check_positive(**numbers)
     check_finite(**numbers)
-    check_num_items(num_items)
+    check_denominators(num_items=num_items)
     if logp.dim() != 1:
         raise ValueError(f"logp must have shape (B,), one sum an answer, got {tuple(logp.shape)}")
     for name, tensor in (("ref_logp", ref_logp), ("desirable", desirable)):
@@ -314,6 +326,7 @@ def kto_loss(
     logp = logp.to(_wide(logp))
     if not isinstance(kl, Tensor):
         check_numbers(kl=kl)
+        check_finite(kl=kl)
     kl = torch.as_tensor(kl, dtype=logp.dtype, device=logp.device).detach().clamp(min=0)
     if kl.dim() and kl.shape != logp.shape:
         raise ValueError(

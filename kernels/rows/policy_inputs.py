@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_finite, check_name, check_per_token, check_positive, check_rows
+from ..checks import (
+    check_finite,
+    check_name,
+    check_numbers,
+    check_per_token,
+    check_positive,
+    check_rows,
+)
 from ..formulas.kl import POLICY_KL_ESTIMATORS
 from ..formulas.sequences import token_weight
 from ..formulas.surrogates import LEVELS, SURROGATES, PolicyOptions
@@ -130,6 +138,8 @@ def _parameters(surrogate, old_logp, epsilon, epsilon_high, delta, surrogate_par
 def _own_parameters(surrogate: str, params: dict[str, float], shared: tuple[str, ...]) -> dict:
     """surrogate_params over the table's defaults, without gaps and in range."""
     entry = SURROGATES[surrogate]
+    if not isinstance(params, Mapping):
+        raise ValueError(f"surrogate_params must hold values by name, got {params!r}")
     own = [name for name in entry.parameters if name not in shared]
     for name in params:
         if name not in own:
@@ -138,6 +148,7 @@ def _own_parameters(surrogate: str, params: dict[str, float], shared: tuple[str,
     missing = [name for name in own if name not in values]
     if missing:
         raise ValueError(f"surrogate {surrogate!r} needs surrogate_params {missing}")
+    check_numbers(**values)
     check_finite(**values)
     check_positive(**{name: values[name] for name in entry.positive})
     return values

@@ -119,7 +119,8 @@ def _policy_loss_kernel(
         tl.store(Logp + row, logp)
         tl.store(Entropy + row, entropy)
         tl.store(Clipped + row, clipped)
-        dlogp = held_(dlogp * weight)
+        # held, then weighted, as the loss is; and again, for a weight above 1
+        dlogp = held_(held_(dlogp) * weight)
         # NaN where the target is out of range, and then so is the whole row
         dlogp = tl.where(logp == logp, dlogp, logp)
         if (dlogp != 0) | (entropy_coef != 0):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlcore.errors import unknown_name
-from rlcore.kernels.checks import check_num_items, check_numbers, checks_types
+from rlcore.kernels.checks import check_denominators, check_finite, check_numbers, checks_types
 from rlcore.kernels.formulas.kl import KL_ESTIMATORS
 
 
@@ -78,7 +78,7 @@ def value_loss(
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon must be positive, not {epsilon}")
-    check_num_items(num_items)
+    check_denominators(num_items=num_items)
     if value.dim() not in (1, 2):
         raise ValueError(f"value must be (N,) or (B, T), not {tuple(value.shape)}")
     mask = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
@@ -141,9 +141,10 @@ def pairwise_reward_loss(
             "center_rewards_coefficient must be finite and not negative, not "
             f"{center_rewards_coefficient}"
         )
-    check_num_items(num_items)
+    check_denominators(num_items=num_items)
     if margin is not None and not isinstance(margin, Tensor):
         check_numbers(margin=margin)
+        check_finite(margin=margin)
     chosen, rejected = _wide(chosen), _wide(rejected)
     margin = margin.to(chosen.dtype) if isinstance(margin, Tensor) else margin or 0.0
     loss = -F.logsigmoid(chosen - rejected - margin)
