@@ -443,3 +443,14 @@ def test_an_option_that_is_no_finite_number_is_refused():
     for bad in ({"simpo_gamma": math.nan}, {"cpo_alpha": math.inf}, {"beta": "0.1"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             rl.preference_loss(x, x, x, x, **bad)
+
+
+def test_a_gradient_of_0_stays_0_beside_a_loss_beyond_the_dtype():
+    # the loss is about e^141; the score's slope at a log-ratio of 7635 is e^-7635
+    chosen, rejected = (torch.zeros(1).requires_grad_() for _ in range(2))
+    out = rl.preference_loss(
+        chosen, rejected, torch.full((1,), 1.39), torch.full((1,), -7635.0), loss_type="discopop",
+        f_divergence_type="js_divergence", beta=89.5, discopop_tau=89.5,
+    )  # fmt: skip
+    dchosen, drejected = torch.autograd.grad(out.loss, (chosen, rejected))
+    assert out.loss.isfinite() and dchosen < 0 and drejected == 0

@@ -47,8 +47,9 @@ class Pairs:
         )
 
     def logits(self, beta: float) -> Tensor:
-        """beta times the margin, finite."""
-        return held(beta * self.margin)
+        """beta times the margin, finite, and so is the margin's gradient: an answer's may be 0."""
+        margin = self.margin
+        return known(held(beta * margin.detach()), (margin, torch.full_like(margin, beta)))
 
     def averaged(self) -> Pairs:
         """The same with everything divided by the answers' lengths."""
