@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,6 +23,7 @@ from rlcore.sampling.rewards import LARGEST_REWARD, compute_rewards, load_reward
 from rlcore.sampling.rollout import generate
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.sft import SFTConfig, train_sft
+from rlcore.trainers.shared import divergence
 from rlcore.trainers.shared.critic import _head_step
 from rlcore.trainers.shared.divergence import check_sound, stop_together
 
@@ -112,6 +114,16 @@ def test_an_absurd_learning_rate_ends_the_command_with_an_error(paths, tmp_path,
     assert main(["train", "sft", *flags]) == DIVERGED_STATUS
     assert "error: step 1: " in capsys.readouterr().err
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("logit", "is_sound"), [(NAN, False), (INF, False), (-INF, True)])
+def test_a_logit_may_ban_its_token_and_do_nothing_else_that_is_not_finite(
+    tmp_path, monkeypatch, logit, is_sound
+):
+    run = grpo.make_run(grpo.config(tmp_path))
+    monkeypatch.setattr(divergence, "_probe_logits", lambda _: torch.tensor([0.0, logit]))
+    with contextlib.nullcontext() if is_sound else pytest.raises(TrainingDiverged, match="a logit"):
+        check_sound(run, 1)
 
 
 def test_the_check_draws_no_random_numbers_and_leaves_the_model_training(tmp_path):
