@@ -235,3 +235,13 @@ def test_a_token_kl_that_overflows_spoils_no_gradient(kl_estimator):
         torch.where(torch.tensor([False, True, True]), kl, 0).sum(), logp
     )
     assert dlogp[0] == 0 and dlogp.isfinite().all()
+
+
+def test_where_both_policies_agree_the_gradients_are_those_of_the_formulas():
+    logp, ref_logp = torch.tensor([-1.0]).requires_grad_(), torch.tensor([-1.0])
+    for estimator, slope in {"k1": 1.0, "k2": 0.0, "k3": 0.0}.items():
+        kl = rl.token_kl(logp, ref_logp, kl_estimator=estimator)
+        assert torch.autograd.grad(kl.sum(), logp)[0].item() == slope
+    # -log sigmoid(beta x) at x = 0
+    loss = rl.preference_loss(logp, ref_logp, ref_logp, ref_logp, beta=0.5).loss
+    assert torch.autograd.grad(loss, logp)[0].item() == -0.25
