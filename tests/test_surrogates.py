@@ -478,3 +478,14 @@ def test_the_table_knows_who_needs_an_advantage(name):
 def test_every_surrogate_says_where_it_is_defined():
     assert all(entry.levels and set(entry.levels) <= set(LEVELS) for entry in SURROGATES.values())
     assert all(entry.torch.__doc__ for entry in SURROGATES.values())
+
+
+def test_a_surrogate_and_a_kl_that_overflow_towards_either_side_are_no_nan(device, backend):
+    z = torch.tensor([[0.0, 150.0]], device=device, requires_grad=True)
+    one = torch.ones(1, device=device)
+    out = rl.policy_loss(
+        z, torch.zeros(1, dtype=torch.long, device=device), one, old_logp=-1e4 * one,
+        ref_logp=-one, beta=1.0, surrogate="kl_cov", backend=backend,
+    )  # fmt: skip
+    (dz,) = torch.autograd.grad(out.loss, z)
+    assert out.loss.isfinite() and dz.isfinite().all()
