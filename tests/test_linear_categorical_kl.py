@@ -271,7 +271,7 @@ def test_the_operators_serve_torch_compile():
     for called in (compiled, model):
         kl = called(*leaves)
         results = [kl.detach(), *torch.autograd.grad(kl, leaves)]
-        if function is compiled:
+        if called is compiled:
             wanted = results
     for got, want in zip(results, wanted, strict=True):
         torch.testing.assert_close(got, want)
