@@ -29,7 +29,7 @@ class TrainingDiverged(RuntimeError):
         where = (
             f"the last good checkpoint is {last_checkpoint}"
             if last_checkpoint is not None
-            else "no checkpoint was saved before it (set --save-steps to keep some)"
+            else "no checkpoint was saved before it"
         )
         super().__init__(f"step {step}: {quantity} is {value}; training stopped, {where}")
 

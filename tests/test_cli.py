@@ -22,6 +22,7 @@ from rlcore.errors import TrainingDiverged, UserError
 from rlcore.runs import checkpoint
 from rlcore.runs.options import options
 from rlcore.sampling.rewards import REWARDS
+from rlcore.trainers import sft
 from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,19 +184,34 @@ def test_a_second_run_does_not_touch_the_first(capsys, sft_flags, tmp_path):
 
 
 def test_a_diverging_run_stops_and_names_step_quantity_and_last_good_checkpoint(
-    capsys, sft_flags, tmp_path
+    capsys, sft_flags, tmp_path, monkeypatch
 ):
+    loss = sft._loss
+
+    def spoiled(run, batch, num_items):
+        steps_done = len(metrics(tmp_path / "run"))
+        return loss(run, batch, num_items) * (float("nan") if steps_done == 3 else 1.0)
+
+    monkeypatch.setattr(sft, "_loss", spoiled)
+    flags = sft_flags | {"--max-steps": "20", "--save-steps": "1"}
+    assert main(["train", "sft", *words(flags)]) == 1
+    (message,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    directory = tmp_path / "run"
+    assert "step 4: loss is nan" in message
+    assert f"the last good checkpoint is {directory / 'checkpoint-3'}" in message
+    assert not (directory / "config.json").exists()
+    assert [row["step"] for row in metrics(directory)] == [1, 2, 3]
+
+
+def test_a_run_that_diverges_at_once_saves_nothing_and_says_so(capsys, sft_flags, tmp_path):
     flags = sft_flags | {"--learning-rate": "1e38", "--max-steps": "20", "--save-steps": "1"}
     assert main(["train", "sft", *words(flags), "--lr-scheduler-type", "constant"]) == 1
     (message,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    directory = tmp_path / "run"
-    last = checkpoint.last_checkpoint(directory)
-    stopped = int(last.name.removeprefix("checkpoint-")) + 1
-    assert f"step {stopped}: " in message
-    assert " is nan" in message or " is inf" in message
-    assert str(last) in message
-    assert not (directory / "config.json").exists()
-    assert [row["step"] for row in metrics(directory)] == list(range(1, stopped))
+    assert message.startswith("error: step 1: ")
+    assert re.search(r" is (nan|-?inf);", message)
+    assert message.endswith("no checkpoint was saved before it")
+    assert checkpoint.last_checkpoint(tmp_path / "run") is None
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @dataclass
