@@ -33,7 +33,9 @@ def sigmoid(x):
 
 
 def log_sigmoid(x):
-    return -mp.log1p(mp.exp(-x)) if x > -FAR else x
+    if abs(x) > FAR:
+        return min(x, mp.zero)
+    return -mp.log1p(mp.exp(-x))
 
 
 def _ratio(x, A) -> Token:
