@@ -188,3 +188,17 @@ def test_float16_holds_the_gradients_of_two_heads_however_far_apart(near, frozen
         (got,) = torch.autograd.grad(kl.mean() * scale, leaf, retain_graph=True)
         want = want * scale
         assert (got.double() - want).norm() <= 1e-2 * want.norm() + 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_derivative_that_is_not_finite_spoils_its_own_token_alone(bad):
+    hidden, weight = (torch.randn(n, 8, device=DEVICE).half().requires_grad_() for n in (3, 11))
+    target = torch.tensor([1, 2, 3], device=DEVICE)
+    given = torch.tensor([1.0, bad, 0.01], device=DEVICE)
+    logp = rl.linear_token_logprob(hidden, weight, target, entropy=False).logp
+    got, _ = torch.autograd.grad(logp, (hidden, weight), given)
+    exact = hidden.detach().double().requires_grad_()
+    all_logp = (exact @ weight.detach().double().T).log_softmax(1)
+    (want,) = torch.autograd.grad(all_logp[[0, 2], target[[0, 2]]], exact, given[[0, 2]].double())
+    torch.testing.assert_close(got[[0, 2]].double(), want[[0, 2]], rtol=5e-3, atol=1e-5)
+    assert not got[1].isfinite().all()
