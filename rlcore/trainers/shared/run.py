@@ -50,7 +50,7 @@ class Result:
 
     output_dir: Path
     steps: int
-    metrics: dict[str, float]  # the last line of metrics.jsonl
+    metrics: dict[str, float]  # of the last step: all of its lines in metrics.jsonl
     model: Any  # unwrapped, on its device
 
 
