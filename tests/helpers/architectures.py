@@ -6,18 +6,9 @@ from typing import Any
 
 import torch
 
-from .tiny import tiny_tokenizer
+from .tiny import SIZES, tiny_tokenizer
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.4,
-}
+SHAPE = SIZES | {"max_position_embeddings": 128}
 EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
