@@ -14,7 +14,8 @@ AUTOCAST_DEVICES = frozenset(
     for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
     if torch.amp.is_autocast_available(device)
 )
-CACHED_BYTES = 3 << 20  # of a block in working precision, for each thread
+CACHED_BYTES = 3 << 20  # of a block in working precision, for each thread of a CPU
+GPU_BLOCK_BYTES = 256 << 20  # of a block elsewhere: its operations outlast their launches
 
 
 def autocast_enabled(device: str) -> bool:
@@ -41,10 +42,11 @@ def statistics_dtype(logits: Tensor) -> torch.dtype:
 
 
 def rows_per_block(logits: Tensor, tensors: int = 1) -> int:
-    """Rows of a block of which `tensors` copies in working precision share the cache."""
-    threads = torch.get_num_threads()
+    """Rows of a block of which `tensors` copies in working precision share a CPU's cache."""
+    on_cpu = logits.device.type == "cpu"
+    threads = torch.get_num_threads() if on_cpu else 1
     row = logits.shape[-1] * statistics_dtype(logits).itemsize * tensors
-    fitting = CACHED_BYTES * threads // row
+    fitting = (CACHED_BYTES * threads if on_cpu else GPU_BLOCK_BYTES) // max(row, 1)
     return min(max(fitting, threads), max(logits.shape[:-1].numel(), 1))
 
 

@@ -224,7 +224,7 @@ def test_chunks_cover_the_tokens_evenly_within_the_budget():
 def test_a_plan_prints_what_matters():
     hidden = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(151936, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    text = str(rl.plan_linear(hidden, weight))
+    text = str(rl.plan_linear(hidden, weight, chunk_bytes=1 << 30))
     assert "one-pass" in text and "6.39 NHV = 32.564 TFLOP" in text and "2 passes over" in text
     assert "16 chunks of 512 tokens" in text
     text = str(rl.plan_linear(hidden[:4096], weight))
@@ -306,14 +306,14 @@ def test_bfloat16_gradients_of_the_logits_stay_within_the_budget_and_the_memory_
     assert above <= plan.peak_bytes + 4 * (3 << 20), (above, plan)
 
 
-def test_a_large_bfloat16_head_trains_in_little_more_than_a_gibibyte_above_its_gradients():
+def test_a_large_bfloat16_head_trains_in_little_more_than_two_gibibytes_above_its_gradients():
     hidden, weight = (
         torch.empty(n, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
         for n in (8192, 151936)
     )
     for loss in ("policy", "logprob"):
         plan = rl.plan_linear(hidden, weight, loss=loss)
-        assert plan.peak_bytes <= 1.1 * 2**30, plan
+        assert plan.peak_bytes <= 1.1 * 2**31 and plan.passes == 1 + (loss == "logprob"), plan
 
 
 @pytest.mark.parametrize("tokens, remade", [(60, False), (90, True)])

@@ -12,11 +12,14 @@ from .products import SLICE_BYTES, gradient_dtype
 # Bytes of logits and their gradients at hand, and how many of them a chunk takes at most: on a
 # CPU what keeps the row work near the cache, on a GPU what keeps the products large.
 DEFAULT_CHUNK_BYTES = {"cpu": 256 << 20}
-DEFAULT_CHUNK_BYTES_ELSEWHERE = 1 << 30
+DEFAULT_CHUNK_BYTES_ELSEWHERE = 2 << 30
 MOST_CHUNK_BYTES = {"cpu": 56 << 20}
 CHUNK_STEP = 128  # a large chunk's tokens are a multiple of it, as tiles of a product are
 ALIGNED = 16  # columns of a slice: what keeps its rows at 16-byte boundaries
-PART_BYTES = 32 << 20  # of a float32 slice of dweight before it is rounded
+# Bytes of a float32 slice of dweight before it is rounded: on a GPU few slices, as every one costs
+# the host's launches of its products.
+PART_BYTES = {"cpu": 32 << 20}
+PART_BYTES_ELSEWHERE = 256 << 20
 
 # strategy -> what it does, as a printed plan says
 STRATEGIES = {
@@ -176,7 +179,7 @@ def _one_pass_plan(
     room = max(room, chunk_tokens)
     remade = max(tokens - own - room, 0)
     dz_tokens = max(min(room, tokens - own), chunk_tokens)
-    part_bytes = min(PART_BYTES, budget // 8)
+    part_bytes = min(PART_BYTES.get(device, PART_BYTES_ELSEWHERE), budget // 8)
     columns = min(_rounded(part_bytes // (hidden_size * sizes.logit), ALIGNED), vocabulary)
     peak = chunk_tokens * vocabulary * sizes.logit + dz_tokens * vocabulary * sizes.dz
     # tokens that are not all neighbours have their hidden states copied for the product

@@ -54,6 +54,7 @@ def policy_pass(
     chunks = list(select_rows(token_weight != 0, len(target), run.plan.chunk_tokens))
     kept = kept_gradients(hidden, products, run, chunk, sum(map(count_of, chunks)))
     gathered = Gathered(hidden, products, run.needs, chunk, kept)
+    leaves_out = _may_leave_tokens_out(per_token[0], options)
     for rows in chunks:
         hidden_rows, given = hidden[rows], at_rows(per_token, rows)
         z, dz = chunk.z[: len(hidden_rows)], chunk.dz[: len(hidden_rows)]
@@ -64,7 +65,8 @@ def policy_pass(
             made = (parts, hidden_rows, z, target[rows], given, token_weight[rows], options, run)
             kept.expect(len(hidden_rows), partial(_policy_softmaxes, *made))
         ds = run.head.uncap_(dz, z)
-        gathered.add(ds, hidden_rows, rows, _flows(given, parts[-1], options), unit)
+        flows = _flows(given, parts[-1], options) if leaves_out else None
+        gathered.add(ds, hidden_rows, rows, flows, unit)
     if per_token[2] is None:
         statistics[3] = None
     return statistics, gathered.finish(gradient_dtype(weight.dtype))
@@ -124,10 +126,20 @@ def _policy_softmaxes(parts, hidden, z, target, given, token_weight, options, ru
     return softmaxes_of(hidden, z, target, run, entropy, dlogp, dentropy)
 
 
-def _flows(given: list[Tensor | None], clipped: Tensor, options: PolicyOptions) -> Tensor | None:
-    """Rows that may have a gradient, or None where all may."""
+def _may_leave_tokens_out(advantage: Tensor | None, options: PolicyOptions) -> bool:
+    """Whether to look in every chunk for tokens without a gradient, to take no product of them.
+
+    A GPU waits for the answer each time; there it is worth it where some advantages are 0.
+    """
     if options.beta or options.entropy_coef:
-        return None
+        return False
+    if advantage is None or advantage.device.type == "cpu":
+        return True
+    return SURROGATES[options.surrogate].needs_advantage and not advantage.all()
+
+
+def _flows(given: list[Tensor | None], clipped: Tensor, options: PolicyOptions) -> Tensor:
+    """Rows that may have a gradient, where neither a KL nor an entropy bonus gives all one."""
     advantage, _, _, ratio = given
     flows = ~clipped
     if SURROGATES[options.surrogate].needs_advantage:

@@ -57,7 +57,7 @@ def linear_token_logprob(
         mask: bool (N,) or (B, T), true = the token counts; masked tokens cost no product.
         entropy: False leaves the entropy out, uncomputed and None.
         chunk_bytes: budget for logits and their gradients at one time; None = 256 MiB on a CPU
-            (of which a chunk takes 56), 1 GiB elsewhere; below one token's, one token at a time.
+            (of which a chunk takes 56), 2 GiB elsewhere; below one token's, one token at a time.
             See `plan_linear`.
         backend: "triton", "torch", or None: see `use_backend`.
 
