@@ -41,6 +41,10 @@ def statistics_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def empty_statistics(target: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    return [torch.empty(target.shape, dtype=dtype, device=target.device) for _ in range(count)]
+
+
 def rows_per_block(logits: Tensor, tensors: int = 1) -> int:
     """Rows of a block of which `tensors` copies in working precision share a CPU's cache."""
     on_cpu = logits.device.type == "cpu"
@@ -48,6 +52,15 @@ def rows_per_block(logits: Tensor, tensors: int = 1) -> int:
     row = logits.shape[-1] * statistics_dtype(logits).itemsize * tensors
     fitting = (CACHED_BYTES * threads if on_cpu else GPU_BLOCK_BYTES) // max(row, 1)
     return min(max(fitting, threads), max(logits.shape[:-1].numel(), 1))
+
+
+def scale_(tensor: Tensor, scale: Tensor) -> Tensor:
+    """tensor *= scale, a scalar, with the scale as it is.
+
+    A GPU rounds a scale without dimensions to the tensor's dtype first, and 0.001 to bfloat16 is
+    off by 0.02%; one of a dimension it takes in the wider dtype of the two.
+    """
+    return tensor.mul_(scale if scale.device.type == "cpu" else scale.reshape(1))
 
 
 def select_rows(keep: Tensor | None, count: int, size: int) -> Iterator[slice | Tensor]:

@@ -136,5 +136,9 @@ def log_ratio_(logp, other):
 @triton.jit
 def expm1_(x):
     # exp(x) - 1 cancels for small x, where a Taylor series does not
-    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
+    further = x * 0 + 1 / 720
+    if x.dtype == tl.float64:
+        further += x * (1 / 5040 + x * (1 / 40320 + x * (1 / 362880 + x * (1 / 3628800))))
+        further += x * x * x * x * x * (1 / 39916800 + x * (1 / 479001600))
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * further)))))
     return tl.where(tl.abs(x) < 0.125, series, tl.exp(x) - 1)

@@ -152,13 +152,13 @@ def test_ours_load_16_bytes_and_spill_nothing_as_launched(figures):
 def test_ours_move_each_logit_as_often_as_the_floor_says(figures):
     moved = {entry["op"]: entry for entry in ours(figures["moved"])}
     assert moved["token_logprob"]["reads"] == pytest.approx(2, abs=1e-4)
-    assert moved["policy_loss"]["reads"] < 2
-    assert all(entry["writes"] == 1 for entry in moved.values())
+    assert moved["policy_loss"]["reads"] == pytest.approx(2, abs=1e-4)
+    assert all(entry["writes"] == pytest.approx(1, abs=1e-4) for entry in moved.values())
 
 
 def test_no_kernel_of_ours_is_compiled_for_each_completion_length(figures):
     counts = {entry["kernel"]: entry for entry in ours(figures["compilations"])}
-    assert {"rlcore _policy_loss_kernel", "rlcore _token_logprob_forward_kernel"} <= set(counts)
+    assert {"rlcore policy_loss_kernel", "rlcore token_logprob_forward_kernel"} <= set(counts)
     for entry in counts.values():
         assert entry["lengths"] == 50 and entry["compilations"] <= static.FEW, entry
 

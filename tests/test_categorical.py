@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.cases import LAYOUTS, flat
+from helpers.checks import promised_bits
 from helpers.distributions import check_categorical_kl, check_fisher_vector_product
 from torch import Tensor
 
@@ -181,6 +182,7 @@ def test_inputs_are_left_as_they_were(device, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_other_rows(dtype, device, backend):
+    promised_bits(backend)
     logits = [flat(40, 1003, dtype).to(device) for _ in range(2)]
 
     def run(rows: slice) -> tuple[Tensor, ...]:
@@ -201,7 +203,10 @@ def test_a_row_does_not_depend_on_the_other_rows(dtype, device, backend):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_the_kl_of_a_distribution_to_itself_is_zero(dtype, device, backend):
     logits = flat(4, 9001, dtype).to(device)
-    assert not rl.categorical_kl(logits, logits.clone(), temperature=0.7, backend=backend).any()
+    kl = rl.categorical_kl(logits, logits.clone(), temperature=0.7, backend=backend)
+    # a GPU fuses one side's product into its sum, which float64 shows in the last bit
+    exact = 0 if device == "cpu" or dtype != torch.float64 else 1e-15
+    assert kl.abs().max() <= exact
 
 
 def test_the_kl_of_near_distributions_is_not_negative(device, backend):

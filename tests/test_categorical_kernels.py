@@ -337,6 +337,8 @@ def test_each_kernel_has_six_mutants_at_least(operation, backend):
 
 @pytest.mark.parametrize("operation, backend, mutant", CASES)
 def test_a_wrong_kernel_is_refused(operation, backend, mutant, load):
+    if mutant.name.startswith("rows at unlike boundaries") and DEVICE != "cpu":
+        pytest.skip("a GPU ends the whole process at an address that is not aligned")
     for check in BATTERIES[operation](load(operation, mutant), backend):
         try:
             check()

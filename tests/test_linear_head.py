@@ -285,6 +285,8 @@ def test_the_same_input_gives_the_same_bits_twice(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_tokens_logp_has_the_same_bits_alone_and_in_any_batch(dtype, one_thread):
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        pytest.skip("a CPU's AMX tiles sum a product's rows as their number wants")
     """On a CPU with one thread: there a row of the product does not depend on the number of rows.
 
     float64 products and several threads do depend on it, in the last bits.

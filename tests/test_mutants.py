@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import DEVICE
 from helpers.batteries import BATTERIES
 from helpers.mutants import REFUSALS, TESTS, Mutant, function, load_kernels, read_mutants, unload
 
@@ -42,6 +43,8 @@ def test_each_kernel_has_six_mutants_at_least(operation, backend):
 
 @pytest.mark.parametrize("operation, backend, mutant", CASES)
 def test_a_wrong_kernel_is_refused(operation: str, backend: str, mutant: Mutant, tmp_path):
+    if mutant.name.startswith("rows at unlike boundaries") and DEVICE != "cpu":
+        pytest.skip("a GPU ends the whole process at an address that is not aligned")
     op = function(load_kernels(tmp_path, mutant), operation)
     for check in BATTERIES[operation](op, backend):
         try:

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from helpers import oracle
+from helpers import DEVICE, oracle
 from helpers.cases import PolicyInputs, batch, flat, policy_inputs
-from helpers.checks import check_policy_loss
+from helpers.checks import check_policy_loss, on
 from helpers.surrogates import OPTIONS
 from torch import Tensor
 
@@ -327,7 +327,7 @@ def test_on_policy_a_kl_estimators_mean_gradient_is_that_of_its_kl(kl_estimator)
 
 def test_off_policy_k3_times_ratio_is_unbiased_in_value_and_gradient(backend):
     """Over the old policy's samples, by enumeration; k3 alone is neither."""
-    logits, old, ref = torch.randn(3, 7, dtype=torch.float64)
+    logits, old, ref = torch.randn(3, 7, dtype=torch.float64, device=DEVICE)
     old, ref = torch.log_softmax(old, 0), torch.log_softmax(ref, 0)
     z = logits.clone().requires_grad_()
     kl = REVERSE_KL(torch.log_softmax(z, 0), ref)
@@ -337,7 +337,7 @@ def test_off_policy_k3_times_ratio_is_unbiased_in_value_and_gradient(backend):
         rows, target, _ = every_token(logits)
         rows.requires_grad_()
         out = rl.policy_loss(
-            rows, target, torch.zeros(7).double(), old_logp=old, ref_logp=ref, beta=1.0,
+            rows, target, torch.zeros_like(old), old_logp=old, ref_logp=ref, beta=1.0,
             kl_estimator=kl_estimator, epsilon=1e9, num_items=1, backend=backend,
             loss_agg_mode="token-mean",
         )  # fmt: skip
@@ -349,12 +349,13 @@ def test_off_policy_k3_times_ratio_is_unbiased_in_value_and_gradient(backend):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_k3_times_ratio_is_the_same_through_the_fused_head(level, backend):
-    hidden, weight = torch.randn(2, 5, 4).double(), torch.randn(30, 4).double()
+    hidden, weight = (torch.randn(s, device=DEVICE).double() for s in ((2, 5, 4), (30, 4)))
     logits = (hidden @ weight.T).requires_grad_()
     inputs = policy_inputs(logits.detach(), "old_logp", "ref_logp", "mask", masked=0.3)
     options = inputs.options | {"beta": 0.4, "kl_estimator": "k3_ratio", "backend": backend}
     options["importance_sampling_level"] = level
-    given = (inputs.target, inputs.advantage.double())
+    options = {name: on(DEVICE, value) for name, value in options.items()}
+    given = (on(DEVICE, inputs.target), on(DEVICE, inputs.advantage.double()))
     want = rl.policy_loss(logits, *given, **options)
     leaf = hidden.clone().requires_grad_()
     got = rl.linear_policy_loss(leaf, weight, *given, chunk_bytes=800, **options)

@@ -62,8 +62,10 @@ def _ppo_clip(logp, old_logp, advantage, parameters):
     too_low = (advantage < 0) & (ratio < 1 - epsilon)
     too_bad = (advantage < 0) & (ratio > delta)
     clipped = too_high | too_low | too_bad
-    bound = tl.where(too_low, tl.minimum(1 - epsilon, delta), delta)
-    bound = tl.where(too_high, 1 + epsilon_high, bound)
+    # numbers become the tokens' dtype before two of them meet, which would be in float32
+    low, most = tl.full((), 1 - epsilon, x.dtype), tl.full((), delta, x.dtype)
+    bound = tl.where(too_low, tl.minimum(low, most), most)
+    bound = tl.where(too_high, tl.full((), 1 + epsilon_high, x.dtype), bound)
     free = times_exp_(-advantage, x)
     return tl.where(clipped, -advantage * bound, free), tl.where(clipped, 0.0, free), clipped
 
@@ -170,8 +172,9 @@ def sapo(logp, old_logp, advantage, parameters):
 @triton.jit
 def _sapo(logp, old_logp, advantage, parameters):
     tau_pos, tau_neg = parameters
-    tau = tl.where(advantage > 0, tau_pos, tau_neg)
     x = log_ratio_(logp, old_logp)
+    tau_pos, tau_neg = tl.full((), tau_pos, x.dtype), tl.full((), tau_neg, x.dtype)
+    tau = tl.where(advantage > 0, tau_pos, tau_neg)
     near = tl.where(x > 80.0, 80.0, x)
     distance = tau * expm1_(near)
     shut = tl.exp(-tl.abs(distance))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..blocks import scale_
 from .chunks import Run
 from .token_passes import logprob_backward, logprob_pass, policy_pass, scale_unit_gradient
 
@@ -36,10 +37,10 @@ class LinearPolicyLoss(torch.autograd.Function):
 def _scaled(gradient: Tensor, scale: Tensor, keep: bool) -> Tensor:
     """gradient * scale, in its own memory unless it must be kept for another backward."""
     if keep:
-        return gradient * scale
+        gradient = gradient.clone()
     if scale.device.type == "cpu" and scale == 1:
         return gradient
-    return gradient.mul_(scale)
+    return scale_(gradient, scale)
 
 
 class LinearTokenLogprob(torch.autograd.Function):

@@ -96,7 +96,7 @@ def _policy_context(ctx, inputs, output):
 
 def _policy_backward(ctx, dloss, *_):
     gradients = [
-        g * dloss if need and dloss is not None else None
+        (g * dloss.reshape(1)).to(g.dtype) if need and dloss is not None else None
         for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
     return *gradients, *(None,) * (ctx.inputs - 3)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..rows import token_logprob as rows_logprob
 from ..torch_backend.rows import token_logprob_backward_slice
+from ..triton_backend import token_logprob as kernels
 from .plan import aligned
 from .products import Head, Products
 
@@ -87,7 +87,7 @@ class SlicedGradient:
         tokens, temperature = self.tokens, self.head.row_temperature
         if self.backend == "triton":
             # dlse alone, at any target: the targets' own columns are written below
-            rows_logprob._launch_backward(
+            kernels.backward(
                 z, dz, torch.zeros_like(tokens.target), None, tokens.entropy, tokens.row_max,
                 tokens.log_sum, None, self.at_softmax, tokens.dentropy, temperature,
             )  # fmt: skip

@@ -29,9 +29,11 @@ class Answers:
         check_denominators(num_items=self.num_items)
 
     def loss(
-        self, logp: Tensor, options: PreferenceOptions, pairs: slice = slice(None)
+        self, logp: Tensor, options: PreferenceOptions, pairs: slice | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(summed loss, chosen_reward, rejected_reward) of `pairs`, from their sums (2b,)."""
+        # made here: torch 2.11's compiler takes no slice as a default
+        pairs = slice(None) if pairs is None else pairs
         half = len(self.mask) // 2
         chosen, rejected = logp.chunk(2)
         sides = slice(0, half), slice(half, None)

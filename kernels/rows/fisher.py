@@ -15,18 +15,15 @@ from ..backend import resolve_backend, takes_short_way, tl, triton
 from ..checks import check_finite, check_positive, checks_types
 from ..torch_backend import distributions as reference
 from ..triton_backend.categorical_kl import accumulator_dtype, lane_columns, same_phase
-from ..triton_backend.sweep import (
-    FLOOR,
-    LOG2E,
+from ..triton_backend.launch import number, row_strides, with_unit_stride
+from ..triton_backend.sweep import FLOOR, LOG2E, row_offset
+from ..triton_backend.tiles import (
     TWO_SWEEP_TILE,
     choose_launch,
     last_tile_start,
     load_first_tile,
     load_tile,
     misalignment,
-    row_offset,
-    row_strides,
-    with_unit_stride,
 )
 from .categorical_kl import check_pair
 
@@ -141,7 +138,7 @@ def _launch(logits, tangent, product, temperature, dtype):
     launch = choose_launch(logits.shape[-1], itemsize, TWO_SWEEP_TILE)
     _fisher_vector_product_kernel[(count,)](
         logits, tangent, product, logits.shape[-1], *row_strides(logits),
-        *row_strides(tangent)[1:], *row_strides(product)[1:], 1.0 / temperature,
+        *row_strides(tangent)[1:], *row_strides(product)[1:], number(1.0 / temperature, dtype),
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         SAME_PHASE=same_phase(logits, tangent, product), **launch.options(),
     )  # fmt: skip

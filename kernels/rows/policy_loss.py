@@ -14,30 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backend import resolve_backend, takes_short_way, tl, triton
+from ..backend import resolve_backend, takes_short_way
+from ..blocks import scale_
 from ..checks import check_inplace, check_targets_in_range, checks_types
-from ..formulas.kl import policy_kl
 from ..formulas.sequence_ratio import share_sequence_ratio
-from ..formulas.surrogates import SURROGATES, PolicyOptions, policy_terms
-from ..limits import held_, known, times_
+from ..formulas.surrogates import PolicyOptions, policy_terms
+from ..limits import known
 from ..torch_backend import rows as reference
-from ..triton_backend.sweep import (
-    ONE_SWEEP_TILE,
-    TWO_SWEEP_TILE,
-    choose_launch,
-    last_tile_start,
-    load_target_logit,
-    misalignment,
-    phase,
-    row_offset,
-    row_statistics,
-    row_strides,
-    store_row_constant,
-    store_row_gradient,
-    with_unit_stride,
-)
+from ..triton_backend import policy_loss as kernels
 from .policy_inputs import prepare_policy
-from .token_logprob import UNSPECIALIZED, TokenLogprob, memory_for, token_logprob
+from .token_logprob import TokenLogprob, memory_for, token_logprob
 
 
 class PolicyLoss(NamedTuple):
@@ -50,158 +36,18 @@ class PolicyLoss(NamedTuple):
     clipped: Tensor
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _policy_loss_kernel(
-    Logits,
-    Dlogits,
-    Target,
-    Advantage,
-    OldLogp,
-    RefLogp,
-    Ratio,
-    Weight,
-    Loss,
-    Logp,
-    Entropy,
-    KL,
-    Clipped,
-    vocabulary,
-    rows_per_batch,
-    stride_b,
-    stride_t,
-    dstride_b,
-    dstride_t,
-    inv_temperature,
-    beta,
-    entropy_coef,
-    parameters,
-    SURROGATE: tl.constexpr,
-    KL_ESTIMATOR: tl.constexpr,
-    SAME_PHASE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    Row = Logits + row_offset(row, rows_per_batch, stride_b, stride_t)
-    Drow = Dlogits + row_offset(row, rows_per_batch, dstride_b, dstride_t)
-    shift = misalignment(Row)
-    Row = tl.multiple_of(Row - shift, 16)
-    Drow = Drow - shift
-    if SAME_PHASE:
-        Drow = tl.multiple_of(Drow, 16)
-    end = shift + vocabulary
-    weight = tl.load(Weight + row)
-    if weight != 0:
-        target = tl.load(Target + row)
-        row_max, log_sum, entropy, x_last = row_statistics(
-            Row, shift, end, inv_temperature, BLOCK, True
-        )
-        chosen = load_target_logit(Row, shift, end, target, row_max.dtype)
-        logp = (chosen - row_max) * inv_temperature - log_sum
-        advantage = tl.load(Advantage + row)
-        old_logp = logp
-        if OldLogp is not None:
-            old_logp = tl.load(OldLogp + row)
-        loss, dlogp, clipped = SURROGATE(logp, old_logp, advantage, parameters)
-        if Ratio is not None:
-            ratio = tl.load(Ratio + row)
-            loss = times_(ratio, loss)
-            dlogp = times_(ratio, dlogp)
-        if RefLogp is not None:
-            kl, dkl = policy_kl(logp, old_logp, tl.load(RefLogp + row), KL_ESTIMATOR)
-            tl.store(KL + row, kl)
-            if beta != 0:
-                # the surrogate and the KL may overflow towards either side
-                loss = held_(loss) + held_(beta * kl)
-                dlogp = held_(dlogp) + held_(beta * dkl)
-        if entropy_coef != 0:
-            loss -= entropy_coef * entropy
-        tl.store(Loss + row, held_(loss) * weight)
-        tl.store(Logp + row, logp)
-        tl.store(Entropy + row, entropy)
-        tl.store(Clipped + row, clipped)
-        # held, then weighted, as the loss is; and again, for a weight above 1
-        dlogp = held_(held_(dlogp) * weight)
-        # NaN where the target is out of range, and then so is the whole row
-        dlogp = tl.where(logp == logp, dlogp, logp)
-        if (dlogp != 0) | (entropy_coef != 0):
-            store_row_gradient(
-                Row, Drow, x_last, shift, end, target, row_max, log_sum, entropy,
-                dlogp, -dlogp, -entropy_coef * weight, inv_temperature, True, True, BLOCK,
-            )  # fmt: skip
-        else:
-            store_row_constant(Drow, shift, end, 0.0, BLOCK)
-    else:
-        tl.store(Loss + row, 0.0)
-        tl.store(Logp + row, 0.0)
-        tl.store(Entropy + row, 0.0)
-        tl.store(Clipped + row, False)
-        if RefLogp is not None:
-            tl.store(KL + row, 0.0)
-        store_row_constant(Drow, shift, end, 0.0, BLOCK)
-
-
-@triton.jit(do_not_specialize=["vocabulary", "rows_per_batch", "stride_b", "stride_t"])
-def _scale_rows_kernel(
-    Rows, Scale, vocabulary, rows_per_batch, stride_b, stride_t, BLOCK: tl.constexpr
-):
-    """Multiplies rows by a scalar in device memory; a scale of 1 touches nothing."""
-    scale = tl.load(Scale)
-    if scale != 1:
-        row = tl.program_id(0)
-        Row = Rows + row_offset(row, rows_per_batch, stride_b, stride_t)
-        shift = misalignment(Row)
-        Row = tl.multiple_of(Row - shift, 16)
-        end = shift + vocabulary
-        columns = tl.arange(0, BLOCK)
-        inside = (columns >= shift) & (columns < end)
-        x = tl.load(Row + columns, mask=inside)
-        tl.store(Row + columns, (x * scale).to(x.dtype), mask=inside)
-        last = last_tile_start(end, BLOCK)
-        for start in range(BLOCK, last, BLOCK):
-            x = tl.load(Row + start + columns)
-            tl.store(Row + start + columns, (x * scale).to(x.dtype))
-        x = tl.load(Row + last + columns, mask=columns < end - last)
-        tl.store(Row + last + columns, (x * scale).to(x.dtype), mask=columns < end - last)
-
-
-def _launch(
-    logits, dlogits, target, advantage, old_logp, ref_logp, ratio, weight, options, temperature
-):
-    logits = with_unit_stride(logits)
-    dtype = reference.statistics_dtype(logits)
-    loss, logp, entropy, kl = reference.empty_statistics(target, dtype, 4)
-    clipped = torch.empty(target.shape, dtype=torch.bool, device=target.device)
-    if target.numel():
-        launch = choose_launch(logits.shape[-1], logits.element_size(), TWO_SWEEP_TILE)
-        _policy_loss_kernel[(target.numel(),)](
-            logits, dlogits, target.contiguous(), advantage, old_logp, ref_logp, ratio, weight,
-            loss, logp, entropy, None if ref_logp is None else kl, clipped,
-            logits.shape[-1], *row_strides(logits), *row_strides(dlogits)[1:],
-            1.0 / temperature, options.beta, options.entropy_coef,
-            options.parameters or (0.0,), SURROGATE=SURROGATES[options.surrogate].triton,
-            KL_ESTIMATOR=options.kl_estimator, SAME_PHASE=phase(logits) == phase(dlogits),
-            **launch.options(),
-        )  # fmt: skip
-    return loss, logp, entropy, None if ref_logp is None else kl, clipped
-
-
 def _forward_backward(backend, *arguments):
     if backend == "triton":
-        return _launch(*arguments)
+        return kernels.forward_backward(*arguments)
     return reference.policy_loss_forward_backward(*arguments)
 
 
 def _scale(dlogits: Tensor, scale: Tensor, backend: str) -> None:
     """dlogits *= scale, in place and without a host sync on a GPU."""
     if backend == "triton" and dlogits.stride(-1) == 1:
-        *leading, vocabulary = dlogits.shape
-        launch = choose_launch(vocabulary, dlogits.element_size(), ONE_SWEEP_TILE)
-        if dlogits.numel():
-            _scale_rows_kernel[(torch.Size(leading).numel(),)](
-                dlogits, scale, vocabulary, *row_strides(dlogits), **launch.options()
-            )
+        kernels.scale_rows(dlogits, scale)
     elif scale.device.type != "cpu" or scale != 1:
-        dlogits.mul_(scale)
+        scale_(dlogits, scale)
 
 
 class _PolicyLoss(torch.autograd.Function):

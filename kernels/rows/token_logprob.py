@@ -14,23 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backend import resolve_backend, takes_short_way, tl, triton
+from ..backend import resolve_backend, takes_short_way
 from ..checks import check_inplace, check_rows, check_targets_in_range, checks_types
 from ..torch_backend import rows as reference
-from ..triton_backend.sweep import (
-    ONE_SWEEP_TILE,
-    choose_launch,
-    gradient_memory,
-    load_target_logit,
-    misalignment,
-    phase,
-    row_offset,
-    row_statistics,
-    row_strides,
-    store_row_constant,
-    store_row_gradient,
-    with_unit_stride,
-)
+from ..triton_backend import token_logprob as kernels
+from ..triton_backend.launch import gradient_memory
 
 
 class TokenLogprob(NamedTuple):
@@ -39,148 +27,6 @@ class TokenLogprob(NamedTuple):
     logp: Tensor
     entropy: Tensor | None
     lse: Tensor
-
-
-UNSPECIALIZED = ["vocabulary", "rows_per_batch", "stride_b", "stride_t", "dstride_b", "dstride_t"]
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED[:4])
-def _token_logprob_forward_kernel(
-    Logits,
-    Target,
-    Mask,
-    Logp,
-    Entropy,
-    Lse,
-    RowMax,
-    LogSum,
-    vocabulary,
-    rows_per_batch,
-    stride_b,
-    stride_t,
-    inv_temperature,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    WITH_ENTROPY: tl.constexpr = Entropy is not None
-    counted = True
-    if Mask is not None:
-        counted = tl.load(Mask + row) != 0
-    if counted:
-        Row = Logits + row_offset(row, rows_per_batch, stride_b, stride_t)
-        shift = misalignment(Row)
-        Row = tl.multiple_of(Row - shift, 16)
-        end = shift + vocabulary
-        target = tl.load(Target + row)
-        row_max, log_sum, entropy, _ = row_statistics(
-            Row, shift, end, inv_temperature, BLOCK, WITH_ENTROPY
-        )
-        chosen = load_target_logit(Row, shift, end, target, row_max.dtype)
-        tl.store(Logp + row, (chosen - row_max) * inv_temperature - log_sum)
-        tl.store(Lse + row, row_max * inv_temperature + log_sum)
-        tl.store(RowMax + row, row_max)
-        tl.store(LogSum + row, log_sum)
-        if WITH_ENTROPY:
-            tl.store(Entropy + row, entropy)
-    else:
-        tl.store(Logp + row, 0.0)
-        tl.store(Lse + row, 0.0)
-        tl.store(RowMax + row, 0.0)
-        tl.store(LogSum + row, 0.0)
-        if WITH_ENTROPY:
-            tl.store(Entropy + row, 0.0)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _token_logprob_backward_kernel(
-    Logits,
-    Dlogits,
-    Target,
-    Mask,
-    Entropy,
-    RowMax,
-    LogSum,
-    Dlogp,
-    Dlse,
-    Dentropy,
-    vocabulary,
-    rows_per_batch,
-    stride_b,
-    stride_t,
-    dstride_b,
-    dstride_t,
-    inv_temperature,
-    SAME_PHASE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    WITH_ENTROPY: tl.constexpr = Dentropy is not None
-    Row = Logits + row_offset(row, rows_per_batch, stride_b, stride_t)
-    Drow = Dlogits + row_offset(row, rows_per_batch, dstride_b, dstride_t)
-    shift = misalignment(Row)
-    Row = tl.multiple_of(Row - shift, 16)
-    Drow = Drow - shift
-    if SAME_PHASE:
-        Drow = tl.multiple_of(Drow, 16)
-    end = shift + vocabulary
-    counted = True
-    if Mask is not None:
-        counted = tl.load(Mask + row) != 0
-    row_max = tl.load(RowMax + row)
-    at_target = row_max * 0
-    at_softmax = row_max * 0
-    at_entropy = row_max * 0
-    if Dlogp is not None:
-        at_target = tl.load(Dlogp + row)
-        at_softmax = -at_target
-    if Dlse is not None:
-        at_softmax += tl.load(Dlse + row)
-    if WITH_ENTROPY:
-        at_entropy = tl.load(Dentropy + row)
-    flows = (at_target != 0) | (at_softmax != 0) | (at_entropy != 0)
-    if counted & flows:
-        target = tl.load(Target + row)
-        in_range = (target >= 0) & (target < vocabulary)
-        at_softmax = tl.where(in_range, at_softmax, float("nan"))
-        log_sum = tl.load(LogSum + row)
-        entropy = log_sum
-        if WITH_ENTROPY:
-            entropy = tl.load(Entropy + row)
-        store_row_gradient(
-            Row, Drow, None, shift, end, target, row_max, log_sum, entropy,
-            at_target, at_softmax, at_entropy, inv_temperature, False, WITH_ENTROPY, BLOCK,
-        )  # fmt: skip
-    else:
-        store_row_constant(Drow, shift, end, 0.0, BLOCK)
-
-
-def _launch_forward(logits, target, mask, temperature, with_entropy):
-    logits = with_unit_stride(logits)
-    dtype = reference.statistics_dtype(logits)
-    logp, lse, row_max, log_sum, entropy = reference.empty_statistics(target, dtype, 5)
-    entropy = entropy if with_entropy else None
-    if target.numel():
-        launch = choose_launch(logits.shape[-1], logits.element_size(), ONE_SWEEP_TILE)
-        _token_logprob_forward_kernel[(target.numel(),)](
-            logits, target.contiguous(), mask, logp, entropy, lse, row_max, log_sum,
-            logits.shape[-1], *row_strides(logits), 1.0 / temperature, **launch.options(),
-        )  # fmt: skip
-    return logp, entropy, lse, row_max, log_sum
-
-
-def _launch_backward(
-    logits, dlogits, target, mask, entropy, row_max, log_sum, dlogp, dlse, dentropy, temperature
-):
-    logits = with_unit_stride(logits)
-    if not target.numel():
-        return
-    launch = choose_launch(logits.shape[-1], logits.element_size(), ONE_SWEEP_TILE)
-    dlogp, dlse, dentropy = (None if g is None else g.contiguous() for g in (dlogp, dlse, dentropy))
-    _token_logprob_backward_kernel[(target.numel(),)](
-        logits, dlogits, target.contiguous(), mask, entropy, row_max, log_sum,
-        dlogp, dlse, dentropy, logits.shape[-1], *row_strides(logits), *row_strides(dlogits)[1:],
-        1.0 / temperature, SAME_PHASE=phase(logits) == phase(dlogits), **launch.options(),
-    )  # fmt: skip
 
 
 def memory_for(backend: str):
@@ -193,7 +39,7 @@ def _forward(logits, target, mask, temperature, with_entropy, backend, with_soft
     check_targets_in_range(target, mask, logits.shape[-1], backend)
     arguments = (logits, target, mask, temperature, with_entropy)
     if backend == "triton":
-        return _launch_forward(*arguments)
+        return kernels.forward(*arguments)
     return reference.token_logprob_forward(*arguments, with_softmax)
 
 
@@ -213,7 +59,7 @@ def _backward(
 ):
     given = (logits, dlogits, target, mask, entropy)
     if backend == "triton":
-        _launch_backward(*given, row_max, log_sum, dlogp, dlse, dentropy, temperature)
+        kernels.backward(*given, row_max, log_sum, dlogp, dlse, dentropy, temperature)
     else:
         # starts from the logits again, so it needs neither row_max nor log_sum
         reference.token_logprob_backward(*given, dlogp, dlse, dentropy, temperature)

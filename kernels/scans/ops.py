@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backend import triton
 from ..torch_backend import scans as reference
+from ..triton_backend.launch import number
 from ..triton_backend.scan import gae_kernel
 from ..triton_backend.score_scan import gae_from_scores_kernel, shaped_reward_kernel
 from .checks import result_dtype
@@ -26,7 +27,7 @@ def choose_tile(length: int) -> tuple[dict[str, int], dict[str, object]]:
     """Constants and compiler options, from the length alone: a row's bits do not depend on B."""
     tokens = max(min(triton.next_power_of_2(length), LONG_TILE), 32)
     rows = max(SHORT_TILE // tokens, 1)
-    warps = rows * tokens // (32 * TOKENS_PER_THREAD)
+    warps = max(rows * tokens // (32 * TOKENS_PER_THREAD), 1)
     # FP fusion is asked for by name: its default changes between Triton versions
     return {"ROWS": rows, "LANES": tokens // LANE_TOKENS}, {
         "num_warps": warps,
@@ -57,7 +58,8 @@ def _launch_gae(reward, value, mask, terminated, last_value, gamma, lam, dtype):
             words = torch.full((rows, tiles), -1, dtype=torch.int64, device=reward.device)
         grid = rows * tiles if looks_back else triton.cdiv(rows, height)
         gae_kernel[(grid,)](
-            *given, words, advantage, returns, rows, length, tiles, gamma, lam,
+            *given, words, advantage, returns, rows, length, tiles,
+            number(gamma, dtype), number(lam, dtype),
             WIDTH=triton.next_power_of_2(tiles), **constants, **options,
         )  # fmt: skip
     return returns.new_empty(0) if value is None else advantage, returns
@@ -74,7 +76,7 @@ def _launch_shaped_reward(score, logp, ref_logp, mask, beta, kl_estimator, dtype
         given = [_dense(t) for t in (score, logp, ref_logp, mask)]
         constants, options, height, tiles = _launch([*given, reward], length)
         shaped_reward_kernel[(triton.cdiv(rows, height),)](
-            *given, reward, rows, length, tiles, beta,
+            *given, reward, rows, length, tiles, number(beta, dtype),
             KL_ESTIMATOR=kl_estimator, **constants, **options,
         )  # fmt: skip
     return reward
@@ -103,7 +105,8 @@ def _launch_gae_from_scores(
         given = [_dense(t) for t in given]
         constants, options, height, tiles = _launch([*given, advantage, returns], length)
         gae_from_scores_kernel[(triton.cdiv(rows, height),)](
-            *given, advantage, returns, moments, rows, length, tiles, beta, gamma, lam,
+            *given, advantage, returns, moments, rows, length, tiles,
+            *(number(x, dtype) for x in (beta, gamma, lam)),
             KL_ESTIMATOR=kl_estimator, **constants, **options,
         )  # fmt: skip
     return advantage, returns, moments

@@ -13,16 +13,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..blocks import Matrix, rows_per_block, select_rows, statistics_dtype, without_autocast
+from ..blocks import (
+    Matrix,
+    empty_statistics,
+    rows_per_block,
+    select_rows,
+    statistics_dtype,
+    without_autocast,
+)
 from ..formulas.surrogates import policy_terms
 from ..limits import held
 
 SUMMED = 1024  # terms of a sum that one thread takes
 FLOOR = -1e30  # stands for -inf where 0 * -inf would make NaN
-
-
-def empty_statistics(target: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
-    return [torch.empty(target.shape, dtype=dtype, device=target.device) for _ in range(count)]
 
 
 def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:

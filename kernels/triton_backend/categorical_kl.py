@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..backend import tl, triton
 from ..blocks import statistics_dtype
-from .sweep import (
-    FLOOR,
-    LOG2E,
+from .launch import number, phase, row_strides, with_unit_stride
+from .sweep import FLOOR, LOG2E, row_offset
+from .tiles import (
     ONE_SWEEP_TILE,
     Launch,
     choose_launch,
@@ -20,11 +20,7 @@ from .sweep import (
     load_first_tile,
     load_tile,
     misalignment,
-    phase,
-    row_offset,
-    row_strides,
     store_row_constant,
-    with_unit_stride,
 )
 
 UNSPECIALIZED = ["vocabulary", "rows_per_batch"]
@@ -302,7 +298,7 @@ def launch_forward(p_logits, q_logits, mask, temperature):
     if results[0].numel():
         _categorical_kl_forward_kernel[(results[0].numel(),)](
             p_logits, q_logits, mask, *results, p_logits.shape[-1], *row_strides(p_logits),
-            *row_strides(q_logits)[1:], 1.0 / temperature,
+            *row_strides(q_logits)[1:], number(1.0 / temperature, dtype),
             SAME_PHASE=same_phase(p_logits, q_logits),
             **_launch_values(p_logits, q_logits).options(),
         )  # fmt: skip
@@ -316,6 +312,7 @@ def launch_backward(p_logits, q_logits, dp, dq, mask, kl, row_statistics, dkl, t
         _categorical_kl_backward_kernel[(kl.numel(),)](
             p_logits, q_logits, dp, dq, mask, kl, *row_statistics, dkl.contiguous(),
             p_logits.shape[-1], *row_strides(p_logits), *row_strides(q_logits)[1:], *strides,
-            1.0 / temperature, SAME_PHASE=same_phase(p_logits, q_logits, dp, dq),
+            number(1.0 / temperature, row_statistics[0].dtype),
+            SAME_PHASE=same_phase(p_logits, q_logits, dp, dq),
             **_launch_values(p_logits, q_logits).options(),
         )  # fmt: skip

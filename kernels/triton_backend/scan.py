@@ -162,6 +162,7 @@ def gae_kernel(
     ALIGNED: tl.constexpr,
 ):
     DTYPE: tl.constexpr = Returns.dtype.element_ty
+    gamma, lam = tl.full((), gamma, DTYPE), tl.full((), lam, DTYPE)
     # (tiles to sweep here, first of them): one tile a program where tiles share their summaries
     programs = tiles if Words is not None else 1
     tile = tl.program_id(0) % programs

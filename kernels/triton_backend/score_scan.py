@@ -70,6 +70,7 @@ def shaped_reward_kernel(
     ALIGNED: tl.constexpr,
 ):
     DTYPE: tl.constexpr = Reward.dtype.element_ty
+    beta = tl.full((), beta, DTYPE)
     row = program_rows(1, ROWS)
     score = load_row(Score, row, rows, 0, DTYPE)
     ended = tl.zeros((ROWS,), tl.int32)
@@ -122,6 +123,7 @@ def gae_from_scores_kernel(
     ALIGNED: tl.constexpr,
 ):
     DTYPE: tl.constexpr = Returns.dtype.element_ty
+    beta, gamma, lam = tl.full((), beta, DTYPE), tl.full((), gamma, DTYPE), tl.full((), lam, DTYPE)
     row = program_rows(1, ROWS)
     score = load_row(Score, row, rows, 0, DTYPE)
     carry = load_row(LastValue, row, rows, 0, DTYPE)

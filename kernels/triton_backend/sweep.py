@@ -1,32 +1,26 @@
-"""Jitted helpers for kernels that sweep rows of logits: aligned tiles, online log-sum-exp.
+"""Jitted helpers for kernels that sweep a row of logits: online log-sum-exp, gradient of a row.
 
-A row starts anywhere in memory, and its tiles start at the 16-byte boundary at or before it: tile
-k holds columns [k * BLOCK - shift, (k + 1) * BLOCK - shift). The first tile and the last are
-masked, those between them are not, so that their loads and stores are 16 bytes wide at every V.
+A row is a body of whole 16-byte vectors, from the first 16-byte boundary in it, and an edge of the
+few elements before and after. A tile is THREADS vectors, one a thread, so that loads and stores
+are 16 bytes wide at every V; only the last tile is masked, vector by vector. The edge is one small
+masked load.
 
-The online log-sum-exp keeps, per lane, the running maximum m, s = sum exp((x - m) / T) and
-t = sum exp((x - m) / T) (x - m); lanes meet once, at the end of the row. Then
-    log Z - max/T = log S,    logp = (x_target - max)/T - log S,    H = log S - (T_sum/S)/T.
+The online log-sum-exp keeps, per thread, the largest logit m so far and, with exponents in base 2,
+    z = (x - m) log2(e) / T,   s = sum 2^z,   t = sum 2^z z.
+Threads and edge meet once, at the end of the row, at its largest logit. Then
+    log Z - max/T = log S,    logp = (x_target - max)/T - log S,    H = log S - ln 2 T_sum / S.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
 from ..backend import tl, triton
-
-ALIGNMENT = 16  # bytes of the widest load
-# Bytes of a tile. One sweep: small blocks, several rows in flight on a multiprocessor. Two sweeps:
-# one row in flight, so that the second finds it in L2 (132 rows x 304 KB are 40 of 50 MB).
-ONE_SWEEP_TILE, TWO_SWEEP_TILE = 8192, 16384
+from ..limits import held_
 
 # Logits at or below FLOOR have probability 0; finite, so that differences of two never make NaN,
 # and a power of two, so that float32 and float64 hold the same number.
 FLOOR = tl.constexpr(-(2.0**100))
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -37,130 +31,129 @@ def row_offset(row, rows_per_batch, stride_b, stride_t):
 
 
 @triton.jit
-def misalignment(Row):
-    """Elements by which a row starts after a 16-byte boundary."""
+def body_of(Row, vocabulary):
+    """(first, vectors, head): the body's offset in the row, its length, elements before it."""
     ITEMSIZE: tl.constexpr = Row.dtype.element_ty.primitive_bitwidth // 8
-    return ((Row.to(tl.int64) % 16) // ITEMSIZE).to(tl.int32)
+    LANES: tl.constexpr = 16 // ITEMSIZE
+    first = (LANES - ((Row.to(tl.int64) % 16) // ITEMSIZE).to(tl.int32)) % LANES
+    # a row of a few elements may end before the boundary
+    head = tl.minimum(first, vocabulary)
+    return first, (vocabulary - head) // LANES, head
 
 
 @triton.jit
-def load_tile(Row, start, columns, end, BOUNDED: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile in the accumulator's dtype; NaN stays NaN, -inf and padding become FLOOR."""
-    if BOUNDED:
-        x = tl.load(Row + start + columns, mask=columns < end - start, other=float("-inf"))
-    else:
-        x = tl.load(Row + start + columns)
-    return tl.maximum(x.to(DTYPE), FLOOR, propagate_nan=tl.PropagateNan.ALL)
+def tile_offsets(Row, THREADS: tl.constexpr):
+    """(THREADS, LANES) offsets of a tile's elements."""
+    LANES: tl.constexpr = 128 // Row.dtype.element_ty.primitive_bitwidth
+    return tl.arange(0, THREADS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
-def load_first_tile(Row, columns, shift, end, DTYPE: tl.constexpr):
-    """The row's first tile, whose lanes before `shift` lie before the row."""
-    inside = (columns >= shift) & (columns < end)
-    x = tl.load(Row + columns, mask=inside, other=float("-inf"))
-    return tl.maximum(x.to(DTYPE), FLOOR, propagate_nan=tl.PropagateNan.ALL)
+def edge_of(Row, vectors, head, vocabulary):
+    """(columns, whether they are in the row) of what stands before and after the body."""
+    LANES: tl.constexpr = 128 // Row.dtype.element_ty.primitive_bitwidth
+    i = tl.arange(0, 2 * LANES)
+    before = i < LANES
+    columns = tl.where(before, i, head + (vectors - 1) * LANES + i)
+    return columns, columns < tl.where(before, head, vocabulary)
+
+
+@triton.jit
+def exponents(x, largest, scale):
+    """z = (x - largest) scale. Far below any probability it stays finite, so that 0 z is 0."""
+    FAR: tl.constexpr = -2000.0 if x.dtype == tl.float64 else -200.0
+    return tl.maximum((x - largest) * scale, FAR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def online_update(x, m, s, t, scale, WITH_T: tl.constexpr):
-    """Takes a tile into the lanes' (m, s, t); one exponential an element. scale = log2(e) / T."""
-    d = x - m
-    e = tl.exp2(-tl.abs(d) * scale)
-    rises = d > 0
+    """Takes a tile into the threads' (m, s, t): one maximum and one rescale a thread."""
+    risen = tl.maximum(m, tl.max(x, 1))
+    fall = (m - risen) * scale
+    weight = tl.exp2(fall)
     if WITH_T:
-        t = tl.where(rises, e * (t - d * s), t + e * d)
-    s = tl.where(rises, s * e + 1, s + e)
-    return tl.maximum(x, m), s, t
-
-
-@triton.jit
-def combine_lanes(m, s, t, scale, WITH_T: tl.constexpr):
-    """(max, S, T_sum) of the row from its lanes. A row with no finite logit gives S = NaN."""
-    row_max = tl.max(m, 0)
-    weight = tl.exp2((m - row_max) * scale)
-    total = tl.sum(s * weight, 0)
-    total = tl.where(row_max > FLOOR, total, float("nan"))
-    moment = total
-    if WITH_T:
-        moment = tl.sum(weight * (t + s * (m - row_max)), 0)
-    return row_max, total, moment
+        z = exponents(x, risen[:, None], scale)
+        e = tl.exp2(z)
+        t = weight * (t + fall * s) + tl.sum(e * z, 1)
+    else:
+        e = tl.exp2((x - risen[:, None]) * scale)
+    return risen, weight * s + tl.sum(e, 1), t
 
 
 @triton.jit
 def row_statistics(
-    Row, shift, end, inv_temperature, BLOCK: tl.constexpr, WITH_ENTROPY: tl.constexpr
+    Row,
+    vocabulary,
+    inv_temperature,
+    WITH_ENTROPY: tl.constexpr,
+    EVICT: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
-    """One sweep over a row: (max, log S, entropy, last tile).
+    """One sweep over a row: (max, log S, entropy).
 
-    Row points at the 16-byte boundary, the row is its elements [shift, end). The last tile comes
-    back so that a second sweep need not load it again; it holds only FLOOR where the first tile
-    is the whole row.
+    Two tiles are loaded before the first is used. A row with no finite logit gives S = NaN.
     """
     DTYPE: tl.constexpr = tl.float64 if Row.dtype.element_ty == tl.float64 else tl.float32
     scale = tl.full((), inv_temperature, DTYPE) * LOG2E
-    columns = tl.arange(0, BLOCK)
-    m = tl.full((BLOCK,), FLOOR, DTYPE)
-    s = tl.zeros((BLOCK,), DTYPE)
-    t = tl.zeros((BLOCK,), DTYPE)
-    x = load_first_tile(Row, columns, shift, end, DTYPE)
-    m, s, t = online_update(x, m, s, t, scale, WITH_ENTROPY)
-    last = last_tile_start(end, BLOCK)
-    for start in range(BLOCK, last, BLOCK):
-        x = load_tile(Row, start, columns, end, False, DTYPE)
-        m, s, t = online_update(x, m, s, t, scale, WITH_ENTROPY)
-    x = load_tile(Row, last, columns, end, True, DTYPE)
-    m, s, t = online_update(x, m, s, t, scale, WITH_ENTROPY)
-    row_max, total, moment = combine_lanes(m, s, t, scale, WITH_ENTROPY)
+    first, vectors, head = body_of(Row, vocabulary)
+    Body = tl.multiple_of(Row + first, 16)
+    offsets = tile_offsets(Row, THREADS)
+    TILE: tl.constexpr = offsets.numel
+    columns, inside = edge_of(Row, vectors, head, vocabulary)
+    edge = tl.load(Row + columns, mask=inside, other=float("-inf")).to(DTYPE)
+    m = tl.full((THREADS,), FLOOR, DTYPE)
+    s = tl.zeros((THREADS,), DTYPE)
+    t = tl.zeros((THREADS,), DTYPE)
+    pairs = vectors // (2 * THREADS) * 2
+    for k in range(0, pairs, 2):
+        Tile = Body + k * TILE
+        x = tl.load(Tile + offsets, eviction_policy=EVICT)
+        y = tl.load(Tile + TILE + offsets, eviction_policy=EVICT)
+        m, s, t = online_update(x.to(DTYPE), m, s, t, scale, WITH_ENTROPY)
+        m, s, t = online_update(y.to(DTYPE), m, s, t, scale, WITH_ENTROPY)
+    for k in range(pairs, tl.cdiv(vectors, THREADS)):
+        whole = (k * THREADS + tl.arange(0, THREADS) < vectors)[:, None]
+        x = tl.load(Body + k * TILE + offsets, mask=whole, other=float("-inf"))
+        m, s, t = online_update(x.to(DTYPE), m, s, t, scale, WITH_ENTROPY)
+
+    row_max = tl.maximum(tl.max(m, 0), tl.max(edge, 0))
+    fall = (m - row_max) * scale
+    weight = tl.exp2(fall)
+    z = exponents(edge, row_max, scale)
+    e = tl.exp2(z)
+    total = tl.sum(s * weight, 0) + tl.sum(e, 0)
+    total = tl.where(row_max > FLOOR, total, float("nan"))
     log_sum = tl.log(total)
     entropy = log_sum
     if WITH_ENTROPY:
-        entropy = log_sum - inv_temperature * (moment / total)
-    return row_max, log_sum, entropy, x
+        moment = tl.sum(weight * (t + s * fall), 0) + tl.sum(e * z, 0)
+        entropy = log_sum - (moment / total) * LN2
+    return row_max, log_sum, entropy
 
 
 @triton.jit
-def last_tile_start(end, BLOCK: tl.constexpr):
-    """Where the masked last tile begins: a multiple of BLOCK, at least BLOCK."""
-    return tl.maximum((end - 1) // BLOCK, 1) * BLOCK
-
-
-@triton.jit
-def load_target_logit(Row, shift, end, target, DTYPE: tl.constexpr):
+def target_logit(Row, vocabulary, target, DTYPE: tl.constexpr):
     """The target's logit, NaN where the target is no column of the row (and nothing is read)."""
-    inside = (target >= 0) & (target < end - shift)
-    return tl.load(Row + shift + target, mask=inside, other=float("nan")).to(DTYPE)
+    inside = (target >= 0) & (target < vocabulary)
+    return tl.load(Row + target, mask=inside, other=float("nan")).to(DTYPE)
 
 
 @triton.jit
-def tile_gradient(
-    x,
-    is_target,
-    row_max,
-    log_sum,
-    entropy,
-    at_target,
-    at_softmax,
-    at_entropy,
-    inv_temperature,
-    WITH_ENTROPY: tl.constexpr,
-):
-    """dz = (at_target 1[target] + p (at_softmax - at_entropy (log p + H))) / T."""
-    logp = (x - row_max) * inv_temperature - log_sum
-    factor = at_softmax
+def softmax_gradient(x, row_max, scale, constant, slope, WITH_ENTROPY: tl.constexpr):
+    """2^z (constant - slope z): a gradient by the logits, away from the target."""
     if WITH_ENTROPY:
-        factor = at_softmax - at_entropy * (logp + entropy)
-    gradient = tl.exp2(logp * LOG2E) * factor
-    return tl.where(is_target, gradient + at_target, gradient) * inv_temperature
+        z = exponents(x, row_max, scale)
+        return tl.exp2(z) * (constant - slope * z)
+    return tl.exp2((x - row_max) * scale) * constant
 
 
 @triton.jit
 def store_row_gradient(
     Row,
     Drow,
-    x_last,
-    shift,
-    end,
+    vocabulary,
     target,
+    chosen,
     row_max,
     log_sum,
     entropy,
@@ -168,122 +161,70 @@ def store_row_gradient(
     at_softmax,
     at_entropy,
     inv_temperature,
-    HAVE_LAST: tl.constexpr,
+    SAME_PHASE: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    EVICT: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
-    """Second sweep over a row: writes its gradient, last tile first, while the tail is in cache.
+    """Writes a row's gradient, last tile first, while the tail is in cache:
 
-    Row and Drow may be the same memory: every tile is read before it is written.
+        dx = (at_target 1[target] + p (at_softmax - at_entropy (log p + H))) / T.
+
+    With p = 2^z / S and log p = ln 2 z - log S this is 2^z (constant - slope z); the target's term
+    is added in its column alone, at the end. chosen is the target's logit. Row and Drow may be the
+    same memory: every element is read before it is written.
     """
     DTYPE: tl.constexpr = tl.float64 if Row.dtype.element_ty == tl.float64 else tl.float32
-    columns = tl.arange(0, BLOCK)
-    label = target + shift
-    last = last_tile_start(end, BLOCK)
-    if not HAVE_LAST:
-        x_last = load_tile(Row, last, columns, end, True, DTYPE)
-    dx = tile_gradient(
-        x_last, columns + last == label, row_max, log_sum, entropy,
-        at_target, at_softmax, at_entropy, inv_temperature, WITH_ENTROPY,
-    )  # fmt: skip
-    tl.store(Drow + last + columns, dx.to(Drow.dtype.element_ty), mask=columns < end - last)
-    for done in range(BLOCK, last, BLOCK):
-        start = last - done
-        x = load_tile(Row, start, columns, end, False, DTYPE)
-        dx = tile_gradient(
-            x, columns + start == label, row_max, log_sum, entropy,
-            at_target, at_softmax, at_entropy, inv_temperature, WITH_ENTROPY,
-        )  # fmt: skip
-        tl.store(Drow + start + columns, dx.to(Drow.dtype.element_ty))
-    x = load_first_tile(Row, columns, shift, end, DTYPE)
-    dx = tile_gradient(
-        x, columns == label, row_max, log_sum, entropy,
-        at_target, at_softmax, at_entropy, inv_temperature, WITH_ENTROPY,
-    )  # fmt: skip
-    inside = (columns >= shift) & (columns < end)
-    tl.store(Drow + columns, dx.to(Drow.dtype.element_ty), mask=inside)
+    OUT: tl.constexpr = Drow.dtype.element_ty
+    scale = tl.full((), inv_temperature, DTYPE) * LOG2E
+    over = tl.exp(-log_sum)
+    constant = at_softmax * over
+    slope = constant
+    if WITH_ENTROPY:
+        constant = (at_softmax - at_entropy * (entropy - log_sum)) * over
+        slope = held_(at_entropy * LN2 * over * inv_temperature)
+    # held: 1/T may take it out of range, and infinity times a probability of 0 is NaN
+    constant = held_(constant * inv_temperature)
+    at_target = held_(at_target * inv_temperature)
+    first, vectors, head = body_of(Row, vocabulary)
+    Body = tl.multiple_of(Row + first, 16)
+    Dbody = Drow + first
+    if SAME_PHASE:
+        Dbody = tl.multiple_of(Dbody, 16)
+    offsets = tile_offsets(Row, THREADS)
+    TILE: tl.constexpr = offsets.numel
+    columns, inside = edge_of(Row, vectors, head, vocabulary)
+    edge = tl.load(Row + columns, mask=inside, other=float("-inf")).to(DTYPE)
+    whole_tiles = vectors // THREADS
+    whole = (whole_tiles * THREADS + tl.arange(0, THREADS) < vectors)[:, None]
+    last = whole_tiles * TILE + offsets
+    x = tl.load(Body + last, mask=whole, other=float("-inf"), eviction_policy=EVICT).to(DTYPE)
+    dx = softmax_gradient(x, row_max, scale, constant, slope, WITH_ENTROPY)
+    tl.store(Dbody + last, dx.to(OUT), mask=whole)
+    for done in range(0, whole_tiles):
+        start = (whole_tiles - 1 - done) * TILE
+        x = tl.load(Body + start + offsets, eviction_policy=EVICT).to(DTYPE)
+        dx = softmax_gradient(x, row_max, scale, constant, slope, WITH_ENTROPY)
+        tl.store(Dbody + start + offsets, dx.to(OUT))
+    dx = softmax_gradient(edge, row_max, scale, constant, slope, WITH_ENTROPY)
+    tl.store(Drow + columns, dx.to(OUT), mask=inside)
+    # another thread may have written the target's column: its own value comes after
+    tl.debug_barrier()
+    dx = at_target + softmax_gradient(chosen, row_max, scale, constant, slope, WITH_ENTROPY)
+    tl.store(Drow + target, dx.to(OUT), mask=(target >= 0) & (target < vocabulary))
 
 
 @triton.jit
-def store_row_constant(Drow, shift, end, value, BLOCK: tl.constexpr):
+def store_row_constant(Drow, vocabulary, value, THREADS: tl.constexpr):
     """Fills a row's gradient with one value: 0 where no gradient flows."""
-    columns = tl.arange(0, BLOCK)
-    filled = tl.full((BLOCK,), value, Drow.dtype.element_ty)
-    tl.store(Drow + columns, filled, mask=(columns >= shift) & (columns < end))
-    last = last_tile_start(end, BLOCK)
-    for start in range(BLOCK, last, BLOCK):
-        tl.store(Drow + start + columns, filled)
-    tl.store(Drow + last + columns, filled, mask=columns < end - last)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Launch values of a row kernel, as keyword arguments of the launch."""
-
-    BLOCK: int
-    num_warps: int
-
-    def compiler_options(self) -> dict[str, object]:
-        # FP fusion is asked for by name: its default changes between Triton versions
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-    def options(self) -> dict[str, object]:
-        return {"BLOCK": self.BLOCK, **self.compiler_options()}
-
-
-def choose_launch(vocabulary: int, itemsize: int, tile_bytes: int) -> Launch:
-    """Tiles of `tile_bytes`, or of a row that is shorter; 16 elements a thread."""
-    needed = triton.next_power_of_2(vocabulary + ALIGNMENT // itemsize - 1)
-    block = max(min(tile_bytes // itemsize, needed), 32)
-    return Launch(BLOCK=block, num_warps=max(block // 512, 1))
-
-
-def row_strides(rows: Tensor) -> tuple[int, int, int]:
-    """(rows per batch, batch stride, row stride) of (N, V) or (B, T, V), in elements."""
-    if rows.dim() == 2:
-        return max(rows.shape[0], 1), 0, rows.stride(0)
-    return max(rows.shape[1], 1), rows.stride(0), rows.stride(1)
-
-
-def with_unit_stride(logits: Tensor) -> Tensor:
-    """The logits themselves where their last stride is 1, else a contiguous copy."""
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
-
-
-def phase(rows: Tensor) -> tuple[int, ...]:
-    """What must agree between two tensors for their rows to share tile boundaries."""
-    _, *strides = row_strides(rows)
-    itemsize = rows.element_size()
-    offsets = (rows.data_ptr() % ALIGNMENT, *(s * itemsize % ALIGNMENT for s in strides))
-    # rows that all start at a boundary share it whatever their dtype
-    return (*offsets, itemsize) if any(offsets) else offsets
-
-
-def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:
-    """Where a gradient goes: the logits' own storage where permitted and possible, else new memory.
-
-    Autograd then refuses any later use of logits that it had saved.
-    """
-    if not inplace or logits.stride(-1) != 1:
-        return _empty_gradient(with_unit_stride(logits))
-    torch.autograd.graph.increment_version(logits)
-    return logits.detach()
-
-
-def _empty_gradient(logits: Tensor) -> Tensor:
-    """Uninitialised memory for a gradient whose rows start at the same phase as the logits'.
-
-    Contiguous wherever contiguous rows have that phase, as they have for contiguous logits.
-    """
-    lanes = ALIGNMENT // logits.element_size()
-    *leading, vocabulary = logits.shape
-    rows_per_batch, stride_b, stride_t = row_strides(logits)
-    row = vocabulary + (stride_t - vocabulary) % lanes
-    batch = rows_per_batch * row
-    batch += (stride_b - batch) % lanes if logits.dim() == 3 else 0
-    offset = logits.data_ptr() % ALIGNMENT // logits.element_size()
-    size = offset + (batch if logits.dim() == 2 else leading[0] * batch)
-    strides = (row, 1) if logits.dim() == 2 else (batch, row, 1)
-    return torch.empty(size, dtype=logits.dtype, device=logits.device).as_strided(
-        logits.shape, strides, offset
-    )
+    OUT: tl.constexpr = Drow.dtype.element_ty
+    first, vectors, head = body_of(Drow, vocabulary)
+    Dbody = tl.multiple_of(Drow + first, 16)
+    offsets = tile_offsets(Drow, THREADS)
+    TILE: tl.constexpr = offsets.numel
+    filled = tl.full(offsets.shape, value, OUT)
+    for k in range(0, tl.cdiv(vectors, THREADS)):
+        whole = (k * THREADS + tl.arange(0, THREADS) < vectors)[:, None]
+        tl.store(Dbody + k * TILE + offsets, filled, mask=whole)
+    columns, inside = edge_of(Drow, vectors, head, vocabulary)
+    tl.store(Drow + columns, tl.full(columns.shape, value, OUT), mask=inside)

@@ -49,6 +49,19 @@ def token_logprob_checks(op: Callable, backend: str) -> Iterator[Callable[[], No
         logits = flat(2, 9001, torch.float32)
         logits[:, :8500] = -float("inf")
         yield check(logits, target=logits.argmax(-1), entropy=entropy)
+        yield check(flat(3, 2, torch.float32), entropy=entropy)
+        yield partial(a_nan_spoils_its_row, op, backend, entropy)
+
+
+def a_nan_spoils_its_row(op: Callable, backend: str, entropy: bool) -> None:
+    logits = flat(3, 9001, torch.float32).to(DEVICE)
+    logits[1, 5000] = float("nan")
+    target = random_target(logits).to(DEVICE)
+    out = op(logits.requires_grad_(), target, entropy=entropy, backend=backend)
+    (gradient,) = torch.autograd.grad(sum(x.sum() for x in out if x is not None), logits)
+    spoilt = [[False, True, False]]
+    assert [x.isnan().tolist() for x in out if x is not None] == spoilt * (2 + entropy)
+    assert gradient.isnan().all(-1).tolist() == [False, True, False]
 
 
 def policy_loss_checks(op: Callable, backend: str) -> Iterator[Callable[[], None]]:

@@ -81,7 +81,7 @@ def mend_interpreter() -> None:
     to_kernel_argument = interpreter._implicit_cvt
 
     def pinned_to_float32(argument):
-        if not isinstance(argument, float):
+        if type(argument) is not float:
             return to_kernel_argument(argument)
         with np.errstate(over="ignore"):
             value = np.array([argument], dtype=np.float32)

@@ -3,9 +3,9 @@
 A file tests/mutants/OPERATION.BACKEND.txt lists mutants of an operation: the name, the file of
 kernels/ and how often the text stands there (once unless told), the text, and what replaces it.
 
-    # the softmax term dropped (triton_backend/sweep.py x2)
-    - tl.exp2(logp * LOG2E) * factor
-    + logp * 0
+    # the edge not counted (triton_backend/sweep.py)
+    - tl.sum(s * weight, 0) + tl.sum(e, 0)
+    + tl.sum(s * weight, 0)
 """
 
 from __future__ import annotations

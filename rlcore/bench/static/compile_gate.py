@@ -37,8 +37,11 @@ def compile_kernel(spec: dict, target: str) -> dict:
         (names.index(key),) if isinstance(key, str) else key: value for key, value in attrs.items()
     }
     source = ASTSource(spec["fn"], spec["signature"], spec["constexprs"], attrs)
+    options, warp = dict(spec["options"]), TARGETS[target][2]
+    if "THREADS" in spec["constexprs"]:
+        options["num_warps"] = max(spec["constexprs"]["THREADS"] // warp, 1)
     started = time.perf_counter()
-    kernel = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=spec["options"])
+    kernel = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     return {"seconds": round(time.perf_counter() - started, 2), **read(kernel)}
 
 

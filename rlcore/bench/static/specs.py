@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from rlcore.bench.static import scan_specs
 from rlcore.kernels.backend import tl
 from rlcore.kernels.formulas.surrogates import SURROGATES
-from rlcore.kernels.rows import fisher, policy_loss, token_logprob
+from rlcore.kernels.rows import fisher
 from rlcore.kernels.triton_backend import categorical_kl as categorical
-from rlcore.kernels.triton_backend.sweep import ONE_SWEEP_TILE, TWO_SWEEP_TILE, choose_launch
+from rlcore.kernels.triton_backend import policy_loss, token_logprob
+from rlcore.kernels.triton_backend.launch import READ_THREADS, WRITE_THREADS, row_launch
+from rlcore.kernels.triton_backend.tiles import ONE_SWEEP_TILE, TWO_SWEEP_TILE, choose_launch
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SHAPE = dict.fromkeys(token_logprob.UNSPECIALIZED, "i32")
+READ, WRITE = (partial(row_launch, threads=threads) for threads in (READ_THREADS, WRITE_THREADS))
+ONE_SWEEP, TWO_SWEEPS = (
+    partial(choose_launch, tile_bytes=tile) for tile in (ONE_SWEEP_TILE, TWO_SWEEP_TILE)
+)
 
 
 def compile_specs(
@@ -28,15 +35,17 @@ def compile_specs(
     """
     for dtype in dtypes:
         for vocabulary in vocabularies:
-            for name, (fn, tile, signature, constants) in _kernels(POINTERS[dtype]).items():
-                launch = choose_launch(vocabulary, dtype.itemsize, tile)
-                constants = {**constants, "BLOCK": launch.BLOCK}
+            for name, (fn, launch_of, signature, constants) in _kernels(POINTERS[dtype]).items():
+                launch = launch_of(vocabulary, dtype.itemsize)
+                options = launch.compiler_options()
+                sizes = {k: v for k, v in launch.options().items() if k not in options}
+                constants = {**constants, **sizes}
                 yield {
                     "name": f"{name}[{dtype}, V={vocabulary}]".replace("torch.", ""),
                     "fn": fn,
                     "signature": {**signature, **dict.fromkeys(constants, "constexpr")},
                     "constexprs": constants,
-                    "options": launch.compiler_options(),
+                    "options": options,
                 }
     yield from scan_specs.compile_specs()
 
@@ -46,15 +55,15 @@ def _kernels(logits: str) -> dict[str, tuple]:
     strides = {k: v for k, v in SHAPE.items() if not k.startswith("dstride")}
     return {
         "token_logprob_forward": (
-            token_logprob._token_logprob_forward_kernel,
-            ONE_SWEEP_TILE,
+            token_logprob.token_logprob_forward_kernel,
+            READ,
             {"Logits": logits, "Target": "*i64", "Mask": "*i1", **row, **strides}
             | {"inv_temperature": "fp32"},
             {},
         ),
         "token_logprob_backward": (
-            token_logprob._token_logprob_backward_kernel,
-            ONE_SWEEP_TILE,
+            token_logprob.token_logprob_backward_kernel,
+            WRITE,
             {"Logits": logits, "Dlogits": logits, "Target": "*i64", "Mask": "*i1"}
             | dict.fromkeys(["Entropy", "RowMax", "LogSum", "Dlogp", "Dlse", "Dentropy"], "*fp32")
             | {**SHAPE, "inv_temperature": "fp32"},
@@ -62,8 +71,8 @@ def _kernels(logits: str) -> dict[str, tuple]:
         ),
         **_policy_losses(logits),
         "scale_rows": (
-            policy_loss._scale_rows_kernel,
-            ONE_SWEEP_TILE,
+            policy_loss.scale_rows_kernel,
+            WRITE,
             {"Rows": logits, "Scale": "*fp32", **strides},
             {},
         ),
@@ -83,10 +92,11 @@ def _policy_losses(logits: str) -> dict[str, tuple]:
         if surrogate.triton is None or (name != "ppo_clip" and logits != "*bf16"):
             continue
         parameters = {"parameters": ("fp32",) * max(len(surrogate.parameters), 1)}
-        constants = {"SURROGATE": surrogate.triton, "KL_ESTIMATOR": "k3", "SAME_PHASE": True}
+        constants = {"SURROGATE": surrogate.triton, "KL_ESTIMATOR": "k3"}
+        constants |= {"WITH_BONUS": True, "SAME_PHASE": True}
         kernels["policy_loss" if name == "ppo_clip" else f"policy_loss_{name}"] = (
-            policy_loss._policy_loss_kernel,
-            TWO_SWEEP_TILE,
+            policy_loss.policy_loss_kernel,
+            WRITE,
             signature | parameters,
             constants,
         )
@@ -101,20 +111,20 @@ def _distribution_kernels(logits: str) -> dict[str, tuple]:
     return {
         "categorical_kl_forward": (
             categorical._categorical_kl_forward_kernel,
-            ONE_SWEEP_TILE,
+            ONE_SWEEP,
             {**pair, "Mask": "*i1", **row, **forward_shape, "inv_temperature": "fp32"},
             {"SAME_PHASE": True},
         ),
         "categorical_kl_backward": (
             categorical._categorical_kl_backward_kernel,
-            ONE_SWEEP_TILE,
+            ONE_SWEEP,
             {**pair, "Dp": logits, "Dq": logits, "Mask": "*i1", **row, "Dkl": "*fp32", **shape}
             | {"inv_temperature": "fp32"},
             {"SAME_PHASE": True},
         ),
         "fisher_vector_product": (
             fisher._fisher_vector_product_kernel,
-            TWO_SWEEP_TILE,
+            TWO_SWEEPS,
             dict.fromkeys(["Logits", "Tangent", "Product"], logits)
             | dict.fromkeys(fisher.UNSPECIALIZED, "i32")
             | {"inv_temperature": "fp32"},
