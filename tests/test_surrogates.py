@@ -292,7 +292,8 @@ def every_token(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One row of logits (V,) as V rows, each with a target of its own, and its probability."""
     vocabulary = len(logits)
     p = torch.softmax(logits, 0)
-    return logits.expand(vocabulary, -1).clone(), torch.arange(vocabulary), p
+    target = torch.arange(vocabulary, device=logits.device)
+    return logits.expand(vocabulary, -1).clone(), target, p
 
 
 def expected_gradient(logits: Tensor, advantage: Tensor, **options) -> Tensor:
@@ -351,7 +352,7 @@ def test_off_policy_k3_times_ratio_is_unbiased_in_value_and_gradient(backend):
 def test_k3_times_ratio_is_the_same_through_the_fused_head(level, backend):
     hidden, weight = (torch.randn(s, device=DEVICE).double() for s in ((2, 5, 4), (30, 4)))
     logits = (hidden @ weight.T).requires_grad_()
-    inputs = policy_inputs(logits.detach(), "old_logp", "ref_logp", "mask", masked=0.3)
+    inputs = policy_inputs(logits.detach().cpu(), "old_logp", "ref_logp", "mask", masked=0.3)
     options = inputs.options | {"beta": 0.4, "kl_estimator": "k3_ratio", "backend": backend}
     options["importance_sampling_level"] = level
     options = {name: on(DEVICE, value) for name, value in options.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,15 @@ def number(value: float, dtype: torch.dtype) -> object:
     if dtype != torch.float64:
         return value
     return Float64(value) if INTERPRETED else tl.constexpr(value)
+
+
+def numbers(values: tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
+    """A tuple of arguments; beside float64 each is two of float32, as `joined` takes them."""
+    if dtype != torch.float64:
+        return values
+    highs = torch.tensor(values, dtype=torch.float32).double().tolist()
+    pairs = zip(values, highs, strict=True)
+    return tuple(x for v, high in pairs for x in (high, v - high if math.isfinite(v) else 0.0))
 
 
 def row_strides(rows: Tensor) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from ..blocks import empty_statistics, statistics_dtype
 from ..formulas.kl import policy_kl
 from ..formulas.surrogates import SURROGATES
 from ..limits import held_, times_
-from .launch import WRITE_THREADS, number, phase, row_launch, row_strides, with_unit_stride
+from .launch import WRITE_THREADS, number, numbers, phase, row_launch, row_strides, with_unit_stride
 from .sweep import (
     body_of,
     edge_of,
@@ -24,6 +24,17 @@ from .sweep import (
     tile_offsets,
 )
 from .token_logprob import UNSPECIALIZED
+
+
+@triton.jit
+def joined(parameters):
+    """The float64 numbers of what `numbers` has parted."""
+    whole = ()
+    for k in tl.static_range(0, len(parameters), 2):
+        high = tl.full((), parameters[k], tl.float64)
+        # Triton knows no starred items
+        whole = whole + (high + tl.full((), parameters[k + 1], tl.float64),)  # noqa: RUF005
+    return whole
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -78,7 +89,10 @@ def policy_loss_kernel(
         old_logp = logp
         if OldLogp is not None:
             old_logp = tl.load(OldLogp + row)
-        loss, dlogp, clipped = SURROGATE(logp, old_logp, advantage, parameters)
+        given = parameters
+        if logp.dtype == tl.float64:
+            given = joined(parameters)
+        loss, dlogp, clipped = SURROGATE(logp, old_logp, advantage, given)
         if Ratio is not None:
             ratio = tl.load(Ratio + row)
             loss = times_(ratio, loss)
@@ -154,7 +168,7 @@ def forward_backward(
             loss, logp, entropy, None if ref_logp is None else kl, clipped,
             logits.shape[-1], *row_strides(logits), *row_strides(dlogits)[1:],
             *(number(x, dtype) for x in (1.0 / temperature, options.beta, options.entropy_coef)),
-            tuple(number(x, dtype) for x in options.parameters or (0.0,)),
+            numbers(options.parameters or (0.0,), dtype),
             SURROGATE=SURROGATES[options.surrogate].triton, KL_ESTIMATOR=options.kl_estimator,
             WITH_BONUS=options.entropy_coef != 0, SAME_PHASE=phase(logits) == phase(dlogits),
             **launch.options(),
