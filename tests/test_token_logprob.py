@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers.cases import LAYOUTS, batch, flat, random_target
@@ -230,3 +234,25 @@ def test_a_nan_logit_makes_its_row_nan_and_no_other(device, backend):
     logits[1, 5000] = float("nan")
     for x in rl.token_logprob(logits, torch.arange(3, device=device), backend=backend):
         assert x.isnan().tolist() == [False, True, False]
+
+
+PRECISION = """
+import torch, rlcore as rl
+logits, target = 4 * torch.randn(4, 151936), torch.randint(151936, (4,))
+every = torch.log_softmax(logits.double(), -1)
+logp, entropy = every.gather(1, target[:, None])[:, 0], -(every.exp() * every).sum(-1)
+for with_entropy in (True, False):
+    out = rl.token_logprob(logits, target, entropy=with_entropy, backend="torch")
+    assert (out.logp - logp).abs().max() < 4e-6, (out.logp - logp)
+    assert out.entropy is None or (out.entropy - entropy).abs().max() < 1e-5, out.entropy - entropy
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_a_long_row_is_as_exact_on_a_cpu_without_avx_512(capability):
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", PRECISION], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-1000:]

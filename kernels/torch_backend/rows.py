@@ -58,9 +58,10 @@ def token_logprob_forward(logits, target, mask, temperature, with_entropy, with_
             entropy[rows] = log_sum - _expectation(p, x)
             maxima[rows], log_sums[rows] = row_max, log_sum
         else:
-            logp[rows], lse[rows] = blocks.log_softmax_at(block, target[rows], temperature)
-            if with_softmax:
-                maxima[rows], log_sums[rows] = blocks.largest(block)
+            logp[rows], maxima[rows], log_sums[rows] = blocks.log_softmax_at(
+                block, target[rows], temperature
+            )
+            lse[rows] = maxima[rows] / temperature + log_sums[rows]
     logp, lse, entropy, *softmax = results
     softmax = softmax if with_softmax else (None, None)
     return logp, entropy if with_entropy else None, lse, *softmax
@@ -186,45 +187,34 @@ class _Blocks:
 
     def probabilities(self, block: Tensor, temperature: float) -> Tensor:
         """p = softmax z, (n, V)."""
-        z = self._scaled(block, temperature)
-        return torch.softmax(z, -1, out=z)
+        x, _ = self._shifted(block, temperature)
+        total = _row_sum(x.exp_())
+        return x.mul_(total.reciprocal_()[:, None])
 
     def log_softmax_at(
         self, block: Tensor, target: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """(logp of the target, lse), each (n,)."""
-        z = self._scaled(block, temperature)
-        chosen = _at(z, target)
-        every_logp = torch.log_softmax(z, -1, out=z)
-        logp = _at(every_logp, target)
-        lse = chosen - logp
-        # far below the maximum that difference cancels: take the most likely column instead
-        far = ~(logp > -50)
-        if far.any():
-            lse[far] = block[far].amax(-1).to(z.dtype) / temperature - every_logp[far].amax(-1)
-        return logp, lse
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logp of the target, the logits' max, log sum exp x), each (n,)."""
+        x, row_max = self._shifted(block, temperature)
+        chosen = _at(x, target)
+        log_sum = _row_sum(x.exp_()).log_()
+        return chosen - log_sum, row_max, log_sum
 
-    def largest(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's largest logit and -log p of it, after `log_softmax_at` of the same block."""
-        return block.amax(-1), -self.x[: block.shape[0]].amax(-1)
-
-    def _scaled(self, block: Tensor, temperature: float) -> Tensor:
-        """The block in working memory and precision, divided by the temperature."""
-        # softmax and log_softmax over rows may write over their input, which halves the memory
-        z = self.x[: block.shape[0]].copy_(block)
-        return z if temperature == 1 else z.mul_(1 / temperature)
-
-    def softmax(self, block: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x = z - max z and p = softmax z, (n, V); the logits' max and log sum exp x, (n,)."""
-        p = self.p[: block.shape[0]]
+    def _shifted(self, block: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """x = z - max z in working memory and precision, (n, V), and the logits' max, (n,)."""
         x = block if self.x is None else self.x[: block.shape[0]].copy_(block)
         row_max = x.amax(-1, keepdim=True)
         x.sub_(row_max)
         if temperature != 1:
             x.mul_(1 / temperature)
-        torch.softmax(x, -1, out=p)
-        # the largest x is 0, so the largest p is 1 / sum exp x
-        return x, p, row_max.squeeze(-1), -p.amax(-1).log_()
+        return x, row_max.squeeze(-1)
+
+    def softmax(self, block: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x = z - max z and p = softmax z, (n, V); the logits' max and log sum exp x, (n,)."""
+        x, row_max = self._shifted(block, temperature)
+        p = torch.exp(x, out=self.p[: block.shape[0]])
+        total = _row_sum(p)
+        return x, p.mul_(total.reciprocal()[:, None]), row_max, total.log_()
 
 
 def _at(x: Tensor, target: Tensor) -> Tensor:
@@ -241,6 +231,16 @@ def _expectation(p: Tensor, x: Tensor) -> Tensor:
     if total.isnan().any():
         total = _row_dot(p, x.clamp_(min=FLOOR))
     return total
+
+
+def _row_sum(e: Tensor) -> Tensor:
+    """sum_j e_j, in pieces: in float32 one running sum of a long row loses its last digits.
+
+    PyTorch's own softmax keeps one, a few lanes wide where a CPU has no AVX-512.
+    """
+    whole = e.shape[-1] // SUMMED * SUMMED
+    head = e[:, :whole].unflatten(-1, (-1, SUMMED)).sum(-1).sum(-1)
+    return head + e[:, whole:].sum(-1)
 
 
 def _row_dot(p: Tensor, x: Tensor) -> Tensor:
