@@ -51,8 +51,9 @@ stage() {
 tests() {
     local files=()
     for file in "$@"; do files+=("tests/test_$file.py"); done
-    # a time limit, because the scans' tiles wait for each other
-    timeout 240 "$PYTHON" -m pytest "${files[@]}" -q -p no:cacheprovider
+    # in parallel, as compiling takes the time; a limit, because the scans' tiles wait for each other
+    OMP_NUM_THREADS=1 timeout 240 "$PYTHON" -m pytest "${files[@]}" -q -p no:cacheprovider \
+        -n "${JOBS:-$(nproc)}" --dist worksteal
 }
 
 # every kernel under the checkers, each allocation by itself so that its bounds are seen
@@ -72,9 +73,10 @@ bench() { "$PYTHON" -m rlcore bench "$@" --device "$DEVICE"; }
 
 if [[ $DEVICE == cuda ]]; then
     sets=(gpu scaling) large=(large)
-    row_tests=(token_logprob policy_loss policy_loss_properties bad_input ops mutants)
+    row_tests=(token_logprob policy_loss policy_loss_properties float64 bad_input ops mutants)
     other_tests=(linear_head linear_plan linear_ops linear_preference linear_categorical_kl)
-    other_tests+=(categorical categorical_kernels scan_kernels surrogates)
+    other_tests+=(linear_low_precision compiled_heads natural_gradient search_heads)
+    other_tests+=(categorical categorical_kernels scan scan_kernels surrogates)
 else
     sets=(quick) large=(gae/forward/float32/B=8,T=200)
     row_tests=(layers) other_tests=(doctor)

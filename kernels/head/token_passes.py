@@ -54,7 +54,7 @@ def policy_pass(
     chunks = list(select_rows(token_weight != 0, len(target), run.plan.chunk_tokens))
     kept = kept_gradients(hidden, products, run, chunk, sum(map(count_of, chunks)))
     gathered = Gathered(hidden, products, run.needs, chunk, kept)
-    leaves_out = _may_leave_tokens_out(per_token[0], options)
+    leaves_out = _may_leave_tokens_out(per_token, options)
     for rows in chunks:
         hidden_rows, given = hidden[rows], at_rows(per_token, rows)
         z, dz = chunk.z[: len(hidden_rows)], chunk.dz[: len(hidden_rows)]
@@ -126,16 +126,20 @@ def _policy_softmaxes(parts, hidden, z, target, given, token_weight, options, ru
     return softmaxes_of(hidden, z, target, run, entropy, dlogp, dentropy)
 
 
-def _may_leave_tokens_out(advantage: Tensor | None, options: PolicyOptions) -> bool:
+def _may_leave_tokens_out(per_token: list[Tensor | None], options: PolicyOptions) -> bool:
     """Whether to look in every chunk for tokens without a gradient, to take no product of them.
 
-    A GPU waits for the answer each time; there it is worth it where some advantages are 0.
+    A GPU waits for the answer each time: there only where an advantage or a ratio is 0, as clipped
+    tokens alone are few.
     """
     if options.beta or options.entropy_coef:
         return False
-    if advantage is None or advantage.device.type == "cpu":
+    advantage, _, _, ratio = per_token
+    if advantage.device.type == "cpu":
         return True
-    return SURROGATES[options.surrogate].needs_advantage and not advantage.all()
+    factors = [advantage] if SURROGATES[options.surrogate].needs_advantage else []
+    factors += [] if ratio is None else [ratio]
+    return bool(factors) and not torch.stack(factors).all()
 
 
 def _flows(given: list[Tensor | None], clipped: Tensor, options: PolicyOptions) -> Tensor:
