@@ -71,7 +71,8 @@ def test_a_pipe_gets_every_held_out_value_however_close_they_come(tmp_path):
             tracker.log(step, {"loss": 1.0})
             if step % 50 == 0:
                 tracker.log(step, {"eval/loss": step / 100})
-    held_out = [line for line in screen.file.getvalue().splitlines() if "held-out" in line]
+    lines = screen.file.getvalue().splitlines()
+    held_out = [line for line in lines if line.startswith("SFT") and "held-out" in line]
     assert [line.split()[1] for line in held_out] == [f"{step}/500" for step in range(50, 500, 50)]
     assert "held-out loss 1.500" in held_out[2]
 

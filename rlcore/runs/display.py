@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,14 +14,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rlcore.runs.samples import Sample
+
 _LABELS = {
     "tokens_per_second": "tokens/s",
     "learning_rate": "lr",
     "eval/reward": "held-out reward",
     "eval/loss": "held-out loss",
 }
-# shown where they are logged, whatever the columns are
-_HELD_OUT = ("eval/reward", "eval/loss")
+# each with whether higher is better; shown where they are logged, on a line of their own
+_HELD_OUT = {"eval/reward": True, "eval/loss": False}
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=+*%#"
 _TREND_WIDTH = 24
@@ -79,6 +82,10 @@ class Display:
         self._total = total_steps
         self._description = description
         self._columns = tuple(dict.fromkeys([*columns, *_HELD_OUT]))
+        self._held_out: dict[str, list[tuple[int, float]]] = {}  # (step, value) by name
+        self._samples: tuple[int, list[Sample]] = (0, [])
+        self._warnings: Mapping[str, str] = {}
+        self._said: set[str] = set()  # warnings that have been plain lines, once each
         self._start_step = self._step = start_step
         self._started = self._updated = time.monotonic()
         self._metrics: Mapping[str, float] = {}
@@ -98,7 +105,17 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+    def update(
+        self, step: int, metrics: Mapping[str, float], warnings: Mapping[str, str] | None = None
+    ) -> None:
+        self._warnings = warnings or {}
+        for name, sentence in self._warnings.items() if self._live is None else ():
+            if name not in self._said:
+                self.message(f"warning: {sentence}")
+            self._said.add(name)
+        for name in _HELD_OUT:
+            if name in metrics and math.isfinite(metrics[name]):
+                self._held_out.setdefault(name, []).append((step, metrics[name]))
         self._step, self._updated = step, time.monotonic()
         # a step that logs only some of the columns leaves the others standing
         self._metrics = {**self._metrics, **metrics}
@@ -115,6 +132,26 @@ class Display:
         evaluated = any(name in metrics for name in _HELD_OUT)
         late = self._updated - self._printed >= _SECONDS_BETWEEN_LINES
         return late or evaluated or step >= self._total
+
+    def show_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Show the first two from now on; on a terminal alone."""
+        self._samples = step, list(samples[:2])
+        if self._live:
+            self._live.refresh()
+
+    def held_out_course(self) -> str | None:
+        """Start, end and best of what was held out, in a sentence; None without two values."""
+        for name, values in self._held_out.items():
+            if len(values) < 2:
+                continue
+            (_, first), (_, last), (best_step, best) = values[0], values[-1], _best(name, values)
+            course = (
+                f"{_LABELS[name]}: {short(first)} at the start, {short(last)} at the end, best "
+            )
+            course += f"{short(best)} at step {best_step}"
+            rose = last > first if _HELD_OUT[name] else last < first
+            return course if rose else f"{course}: nothing was learned by this measure"
+        return None
 
     def message(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -150,17 +187,66 @@ class Display:
             bar,
             Text.assemble(f"{self._step}/{self._total} ", (f"{clock(elapsed)}{left}", "dim")),
         )
-        return Group(head, self._metric_line())
+        lines = [head, *self._held_out_lines(), self._metric_line(), *self._sample_lines()]
+        return Group(
+            *lines, *(Text(f"! {each}", style="yellow") for each in self._warnings.values())
+        )
+
+    @property
+    def _bars(self) -> str:
+        return _ASCII_BARS if self._console.options.ascii_only else _BARS
+
+    def _held_out_lines(self) -> list[Text]:
+        """The number that one decides by comes first, with where it began and was best."""
+        lines = []
+        for name, values in self._held_out.items():
+            (_, first), (_, last), (best_step, best) = values[0], values[-1], _best(name, values)
+            line = Text(no_wrap=True, overflow="ellipsis")
+            line.append(f"{_LABELS[name]} ", style="dim")
+            line.append(short(last), style="bold")
+            line.append(f" {trend([value for _, value in values], self._bars)}", style="green")
+            line.append(f"  start {short(first)}  best {short(best)} @{best_step}", style="dim")
+            lines.append(line)
+        return lines
 
     def _metric_line(self) -> Text:
+        """As many of the columns as the width has room for, whole ones."""
         line = Text(no_wrap=True, overflow="ellipsis")
         for name in self._columns:
-            if name not in self._metrics:
+            if name not in self._metrics or name in _HELD_OUT:
                 continue
-            line.append("  " if line else "")
-            line.append(f"{_LABELS.get(name, name)} ", style="dim")
-            line.append(short(self._metrics[name]), style="bold")
+            cell = Text("  " if line else "")
+            cell.append(f"{_LABELS.get(name, name)} ", style="dim")
+            cell.append(short(self._metrics[name]), style="bold")
             if name == self._columns[0]:
-                bars = _ASCII_BARS if self._console.options.ascii_only else _BARS
-                line.append(" " + trend(self._course, bars), style="green")
+                cell.append(" " + trend(self._course, self._bars), style="green")
+            if line.cell_len + cell.cell_len <= self._console.width:
+                line.append_text(cell)
         return line if line else Text("waiting for the first step", style="dim")
+
+    def _sample_lines(self) -> list[Text]:
+        step, samples = self._samples
+        if not samples:
+            return []
+        lines = [Text(f"step {step}, of one prompt: {_one_line(samples[0].prompt)}", style="dim")]
+        for sample in samples:
+            line = Text("  ")
+            line.append(f"{short(sample.reward):>6} ", style="bold")
+            line.append(_one_line(sample.completion))
+            lines.append(line)
+        for line in lines:
+            line.no_wrap, line.overflow = True, "ellipsis"
+        return lines
+
+
+def _best(name: str, values: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """(step, value) of the best; the earliest of equal ones."""
+    sign = 1 if _HELD_OUT[name] else -1
+    return max(values, key=lambda pair: (sign * pair[1], -pair[0]))
+
+
+def _one_line(text: Any) -> str:
+    """A text, or the last of some messages, on one line."""
+    if not isinstance(text, str):
+        text = text[-1]["content"] if text else ""
+    return " ".join(str(text).split())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from rich.console import Console
 
 from rlcore.errors import UserError, unknown_name
 from rlcore.runs.display import Display
-from rlcore.runs.output_dir import METRICS_FILE, discard_empty
+from rlcore.runs.output_dir import COMPLETIONS_FILE, METRICS_FILE, discard_empty
+from rlcore.runs.samples import Sample, append_samples
+from rlcore.runs.warnings import Warnings
 
 GRPO_COLUMNS = ("reward", "kl", "entropy", "tokens_per_second")
 SFT_COLUMNS = ("loss", "learning_rate", "tokens_per_second")
@@ -62,11 +64,13 @@ class Tracker:
         self._display = Display(console, total_steps, description, tuple(columns), start_step)
         self._file: Any = None
         self._reporters: list[Any] = []
+        self._warnings = Warnings()
 
     def __enter__(self) -> Tracker:
         if self._enabled:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_later_lines(self._path, self._start_step)
+            for path in (self._path, self._path.with_name(COMPLETIONS_FILE)):
+                _drop_later_lines(path, self._start_step)
             self._file = self._path.open("a", encoding="utf-8")
             self._reporters = [
                 _REPORTERS[name](self._path.parent, self._config) for name in self._names
@@ -83,6 +87,11 @@ class Tracker:
             reporter.finish()
         if kind is not None:
             discard_empty(self._path.parent)
+            return
+        for sentence in self._warnings.active.values():
+            self._display.message(f"warning: {sentence}")
+        if course := self._display.held_out_course():
+            self._display.message(course)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of `step`, show them, and hand them to the trackers.
@@ -97,7 +106,18 @@ class Tracker:
         self._file.flush()
         for reporter in self._reporters:
             reporter.log(values, step)
-        self._display.update(step, values)
+        self._warnings.follow(values)
+        self._display.update(step, values, self._warnings.active)
+
+    def samples(self, step: int, split: str, samples: Sequence[Sample]) -> None:
+        """Keep the samples of `step` in completions.jsonl and show the first two.
+
+        Args:
+            split: "train", or "eval" for held-out prompts.
+        """
+        if self._enabled and samples:
+            append_samples(self._path.parent, step, split, samples)
+            self._display.show_samples(step, samples)
 
     def message(self, text: str) -> None:
         """Show one line above the progress display."""

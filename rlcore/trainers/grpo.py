@@ -23,7 +23,7 @@ from rlcore.models.loading import load_policy, load_tokenizer
 from rlcore.sampling.rewards import RewardFunction
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig, check_grpo_config
-from rlcore.trainers.shared.collect import collect, evaluate, make_judge
+from rlcore.trainers.shared.collect import collect, evaluate, make_judge, note_advantages
 from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -109,6 +109,7 @@ def train_grpo(
                 sampled.all_scores, config.num_generations, scale_rewards=config.scale_rewards
             )
             experience = dataclasses.replace(experience, advantage=sampled.mine(advantage))
+            note_advantages(run, experience.advantage)
             tokens = sampled.metrics.pop("tokens")
             for trained in _updates(run, step, experience, seed):
                 step += 1

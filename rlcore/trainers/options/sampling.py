@@ -19,6 +19,7 @@ class SamplingConfig(TrainConfig):
     temperature: Positive = 1.0  # of sampling, and of the policy that is trained
     top_p: Share = 1.0  # sample from the likeliest tokens of this mass
     top_k: Natural = 0  # sample from this many of the likeliest tokens; 0: all
+    log_completions: Natural = 3  # completions of a batch to show and keep in completions.jsonl
 
     # Reward
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rlcore.models.reward_model import RewardModel
+from rlcore.runs.samples import Sample, telling
 from rlcore.sampling import sandbox
 from rlcore.sampling.code_reward import code_runs, code_runs_in
 from rlcore.sampling.rewards import (
@@ -134,9 +135,34 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
     if config.normalize_rewards:
         run.reward_moments.add(scores[~scores.isnan()])
         scores = run.reward_moments.normalized(scores)
+    run.samples["train"] = _samples(run, mine["prompt"], rollout, rewards, judge)
     scores = scores - (config.missing_eos_penalty or 0.0) * everyone["truncated"].float()
     experience = from_rollout(rollout, mask_truncated_completions=config.mask_truncated_completions)
     return Sampled(experience, rollout.truncated, scores, rank, metrics)
+
+
+def _samples(
+    run: Run, prompts: Sequence, rollout: Rollout, rewards: Rewards, judge: Judge
+) -> list[Sample]:
+    """Some of the main process's completions, with what they got."""
+    if not (run.config.log_completions and run.accelerator.is_main_process):
+        return []
+    group = len(rollout.completions) // len(prompts)
+    judged = zip(
+        rollout.completions, rewards.total.tolist(), rewards.per_function.tolist(),
+        rollout.truncated.tolist(), strict=True,
+    )  # fmt: skip
+    samples = [
+        Sample(i, prompts[i // group], text, dict(zip(judge.names, each, strict=True)), total, cut)
+        for i, (text, total, each, cut) in enumerate(judged)
+    ]
+    return telling(samples, group, run.config.log_completions)
+
+
+def note_advantages(run: Run, advantage: torch.Tensor) -> None:
+    """Give the samples that are to be shown their advantage, of this process's (N,)."""
+    for sample in run.samples.get("train", ()):
+        sample.advantage = advantage[sample.row].item()
 
 
 def _generated(run: Run, prompts: Sequence, **options: Any) -> Rollout | None:
@@ -228,6 +254,8 @@ def evaluate(run: Run, rows: Any, judge: Judge) -> dict[str, float]:
         if rollout is None or not counts:
             continue
         rewards = judge(columns, rollout)
+        if "eval" not in run.samples:
+            run.samples["eval"] = _samples(run, columns["prompt"], rollout, rewards, judge)
         length = rollout.completion_mask.sum(1).float().cpu()
         values = torch.stack([rewards.total, length, *rewards.per_function.T])  # (2 + F, N)
         sums += torch.stack([values.double().nansum(1), (~values.isnan()).sum(1)], dim=1)

@@ -78,6 +78,7 @@ class Log:
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take a step's metrics; write their averages every `logging_steps` and at the end."""
         self._pending.append(metrics)
+        self._show_samples(step, "train")
         if step % self.run.config.logging_steps and step != self.run.total_steps:
             return
         names = dict.fromkeys(name for pending in self._pending for name in pending)
@@ -95,6 +96,13 @@ class Log:
         known = self.last if self.last.get("step") == step else {}
         self.last = {**known, "step": step, **metrics}
         self.tracker.log(step, metrics)
+        self._show_samples(step, "eval")
+
+    def _show_samples(self, step: int, split: str) -> None:
+        # a caller's own tracker may only log
+        samples = self.run.samples.pop(split, None)
+        if samples and hasattr(self.tracker, "samples"):
+            self.tracker.samples(step, split, samples)
 
 
 class Clock:

@@ -34,6 +34,7 @@ from rlcore.runs.resuming import (
     fingerprints_of,
 )
 from rlcore.runs.run_record import note_start
+from rlcore.runs.samples import Sample
 from rlcore.runs.tracking import Tracker
 from rlcore.trainers.options.base import TrainConfig
 from rlcore.trainers.options.schedules import learning_rate_scale
@@ -72,6 +73,7 @@ class Run:
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of data and models
     stop: StopRequest = field(default_factory=StopRequest)
     coefficients: dict[str, float] = field(default_factory=dict)  # those that the run adapts
+    samples: dict[str, list[Sample]] = field(default_factory=dict)  # by split, to be shown next
     step: int = 0  # the last step that was begun
     prefix: str = ""  # of its quantities' names in errors
 
