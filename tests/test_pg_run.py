@@ -23,8 +23,8 @@ def digits(prompts, completions, **_):
 
 
 def raised(prompts, completions, **_):
-    """Much of it comes for nothing."""
-    return [reward + 2.0 for reward in digits(prompts, completions)]
+    """Nearly all of it comes for nothing, which leaves no seed or machine to luck."""
+    return [reward + 100.0 for reward in digits(prompts, completions)]
 
 
 @pytest.fixture
