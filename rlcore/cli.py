@@ -1,7 +1,7 @@
 """The command line: `rlcore train ALGORITHM --flags`, `rlcore demo`, `rlcore bench`, ...
 
-A command is a config dataclass and a function that takes it. Both are looked up when the command
-runs, so that `rlcore --help` imports no trainer.
+A command is a config dataclass and a function that takes it, of the table COMMANDS. Both are looked
+up when the command runs, so that `rlcore --help` imports no trainer.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import rlcore
+from rlcore.commands.table import COMMANDS, Command
 from rlcore.errors import TrainingDiverged, TrainingStopped, UserError, unknown_name
 from rlcore.runs.config import flag_name, load_config
 from rlcore.runs.options import Option, options
@@ -28,108 +28,6 @@ from rlcore.runs.options import Option, options
 USAGE_STATUS = 2
 DIVERGED_STATUS = 1
 INTERRUPTED_STATUS = 130
-
-
-@dataclass(frozen=True)
-class Command:
-    """Where a command's config class and function live, and what it does in one line."""
-
-    module: str
-    config: str
-    function: str
-    summary: str
-    positional: tuple[str, ...] = ()  # fields that take the words before the first flag, in order
-
-
-COMMANDS = {
-    "train sft": Command(
-        "rlcore.trainers.sft",
-        "SFTConfig",
-        "train_sft",
-        "fine-tune on demonstrations: rows of prompt and completion",
-    ),
-    "train pg": Command(
-        "rlcore.trainers.pg",
-        "PGConfig",
-        "train_pg",
-        "policy gradient: REINFORCE, RLOO, REINFORCE++; rows of prompt, any other columns",
-    ),
-    "train trpo": Command(
-        "rlcore.trainers.trpo",
-        "TRPOConfig",
-        "train_trpo",
-        "natural gradient within a trust region; rows of prompt, any other columns",
-    ),
-    "train ppo": Command(
-        "rlcore.trainers.ppo",
-        "PPOConfig",
-        "train_ppo",
-        "PPO with a value model, clipped or with a KL penalty; rows of prompt, any other columns",
-    ),
-    "train grpo": Command(
-        "rlcore.trainers.grpo",
-        "GRPOConfig",
-        "train_grpo",
-        "reinforce what a reward function likes: rows of prompt, any other columns",
-    ),
-    "train reward_model": Command(
-        "rlcore.trainers.reward_model",
-        "RewardModelConfig",
-        "train_reward_model",
-        "learn from preferences what is better: rows of prompt, chosen, rejected",
-    ),
-    "train dpo": Command(
-        "rlcore.trainers.dpo",
-        "DPOConfig",
-        "train_dpo",
-        "prefer the better of two answers: rows of prompt, chosen, rejected",
-    ),
-    "merge": Command(
-        "rlcore.merge",
-        "MergeConfig",
-        "merge",
-        "add an adapter into the model it was trained on",
-    ),
-    "demo": Command(
-        "rlcore.demo.demo",
-        "DemoConfig",
-        "demo",
-        "train a small model on made-up word problems, here and now, with nothing to download",
-    ),
-    "bench": Command(
-        "rlcore.bench.run",
-        "BenchConfig",
-        "bench",
-        "time every operation, ours and every installed peer's, beside what the machine can do",
-        positional=("cases",),
-    ),
-    "bench report": Command(
-        "rlcore.bench.results.report",
-        "ReportConfig",
-        "report",
-        "results of `rlcore bench` as Markdown, plots and one HTML page",
-        positional=("results",),
-    ),
-    "bench compare": Command(
-        "rlcore.bench.results.compare",
-        "CompareConfig",
-        "compare",
-        "what got slower, larger or wrong between two results; exit status 1 where something did",
-        positional=("before", "after"),
-    ),
-    "bench static": Command(
-        "rlcore.bench.static.static",
-        "StaticConfig",
-        "static",
-        "registers, spills, load widths, bytes and recompilations of the kernels, with no GPU",
-    ),
-    "doctor": Command(
-        "rlcore.bench.doctor",
-        "DoctorConfig",
-        "doctor",
-        "what hardware serves here, known-bad versions, and a check of every kernel in seconds",
-    ),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,8 +76,24 @@ def _run(arguments: list[str]) -> int:
     if type(result) is int:  # an exit status
         return result
     if hasattr(result, "output_dir") and _speaks():
-        print(f"model and metrics.jsonl are in {result.output_dir}")
+        print("\n".join(_end_of_run(name, config, result)))
     return 0
+
+
+def _end_of_run(name: str, config: Any, result: Any) -> Iterator[str]:
+    """Where everything is, and what one may do next."""
+    yield f"model and metrics.jsonl are in {result.output_dir}"
+    best = result.best or result.output_dir
+    if result.best is not None:
+        yield f"the model that did best on what is held out is in {best}"
+    if getattr(config, "reward", None) and config.eval_dataset:
+        yield (
+            f"next: rlcore eval {config.model} {best} --dataset {config.eval_dataset} "
+            f"--reward {' '.join(config.reward)} "
+            f"--max-completion-length {config.max_completion_length}"
+        )
+    if name != "train reward_model":
+        yield f"next: rlcore chat {best}"
 
 
 def _speaks() -> bool:
@@ -283,7 +197,9 @@ def _print_options(
 
     On a terminal the words wrap beside the names; elsewhere a flag is a line, for grep.
     """
-    console.print(f"usage: rlcore {name} [--config FILE.yaml] [--flag value ...]", markup=False)
+    words = "".join(f" {field.upper()}" for field in command.positional)
+    usage = f"usage: rlcore {name}{words} [--config FILE.yaml] [--flag value ...]"
+    console.print(usage, markup=False)
     console.print(f"\n{command.summary}. Flags win over the YAML file.", highlight=False)
     width = max(len(_left(option)) for option in all_options)
     for group in dict.fromkeys(option.group for option in all_options):

@@ -74,7 +74,9 @@ def metrics(directory: Path) -> list[dict]:
 
 def test_sft_trains_a_model_that_transformers_loads(capsys, sft_flags, tmp_path):
     assert main(["train", "sft", *words(sft_flags)]) == 0
-    assert capsys.readouterr().out == f"model and metrics.jsonl are in {tmp_path / 'run'}\n"
+    out = capsys.readouterr().out
+    run = tmp_path / "run"
+    assert out == f"model and metrics.jsonl are in {run}\nnext: rlcore chat {run}\n"
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
 

@@ -33,9 +33,10 @@ def kept(directory: Path) -> list[dict]:
 
 def test_the_prompt_whose_rewards_differ_most_is_told_of_best_and_worst_first():
     rewards = [0.5, 0.5, 0.5, 0.2, 0.9, 0.4, math.nan, 0.1, 0.1]
-    chosen = telling([sample(r, i) for i, r in enumerate(rewards)], group=3, count=4)
+    samples = [sample(r, i) for i, r in enumerate(rewards)]
+    chosen = telling([samples[:3], samples[3:6], samples[6:]], count=4)
     assert [each.reward for each in chosen] == [0.9, 0.2, 0.4, 0.1]
-    assert telling([sample(0.5)], group=1, count=3)[0].reward == 0.5
+    assert telling([[sample(0.5)]], count=3)[0].reward == 0.5
 
 
 def test_a_line_is_strict_json_of_what_was_sampled(tmp_path):

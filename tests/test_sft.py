@@ -136,8 +136,9 @@ def test_micro_batches_hold_rows_of_like_length(config, monkeypatch):
 def test_it_learns_and_leaves_a_model_that_transformers_loads(config):
     result = train_sft(dataclasses.replace(config, max_steps=30, eval_dataset=config.dataset))
     lines = read_metrics(result.output_dir / "metrics.jsonl")
-    *trained, held_out = lines
-    assert [line["step"] for line in lines] == [*range(1, 31), 30]
+    start, *trained, held_out = lines
+    assert [line["step"] for line in lines] == [*range(31), 30]
+    assert start["eval/loss"] == pytest.approx(trained[0]["loss"], rel=0.2)
     assert trained[-1]["loss"] < 0.4 * trained[0]["loss"]
     assert held_out["eval/loss"] < 0.4 * trained[0]["loss"]
     assert trained[-1] | held_out == result.metrics
@@ -331,15 +332,16 @@ def test_metrics_are_averaged_over_the_steps_between_two_lines(config):
 
 
 def test_an_evaluation_is_a_line_of_its_own_with_the_value_at_its_step(config, monkeypatch):
-    measured = iter([4.0, 3.0, 2.0])
+    measured = iter([5.0, 4.0, 3.0, 2.0])
     monkeypatch.setattr(sft, "_evaluate", lambda run, examples: next(measured))
     evaluated = {"eval_dataset": config.dataset, "eval_steps": 2, "logging_steps": 3}
     result = train_sft(dataclasses.replace(config, max_steps=5, **evaluated))
     lines = read_metrics(result.output_dir / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [2, 3, 4, 5, 5]
+    assert [line["step"] for line in lines] == [0, 2, 3, 4, 5, 5]
     held_out = [line for line in lines if "eval/loss" in line]
     assert held_out == [
-        {"step": step, "eval/loss": value} for step, value in ((2, 4.0), (4, 3.0), (5, 2.0))
+        {"step": step, "eval/loss": value}
+        for step, value in ((0, 5.0), (2, 4.0), (4, 3.0), (5, 2.0))
     ]
 
 

@@ -15,6 +15,7 @@ from helpers.tiny import tiny_model
 from helpers.vocabularies import BOS, EOS, TEMPLATES, VOCABULARIES, vocabulary
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from rlcore.commands.merge import MergeConfig, merge
 from rlcore.data.chat import answer_text
 from rlcore.data.encoding import encode_examples, encode_prompts
 from rlcore.data.ends import end_ids, end_of_turn, end_tokens, missing_end
@@ -22,7 +23,6 @@ from rlcore.data.pairs import load_pairs
 from rlcore.data.rows import Part, Rows
 from rlcore.data.tokens import mid_text, plain_ids
 from rlcore.errors import UserError
-from rlcore.merge import MergeConfig, merge
 from rlcore.models.loading import load_classifier, load_tokenizer
 from rlcore.models.reward_model import RewardModel
 from rlcore.sampling import rollout

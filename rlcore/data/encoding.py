@@ -50,19 +50,28 @@ class Batch:
 
 
 def encode_prompts(
-    tokenizer: Any, prompts: Sequence[str | list[dict]], max_length: int | None = None
+    tokenizer: Any, prompts: Sequence[str | list[dict] | list[int]], max_length: int | None = None
 ) -> list[list[int]]:
     """Token ids of each prompt; of one that is too long, the last `max_length` tokens.
+
+    A prompt of token ids, which all of them are then, is one already.
 
     Raises:
         UserError: a prompt without any token, which nothing could follow.
     """
+    if is_encoded(prompts[0]):
+        return [prompt[-(max_length or len(prompt)) :] for prompt in prompts]
     texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
     encoded = _head_ids(tokenizer, texts, [isinstance(prompt, str) for prompt in prompts])
     for ids, text in zip(encoded, texts, strict=True):
         if not ids:
             raise UserError(f"the prompt {text!r} has no tokens; it needs at least one")
     return encoded if max_length is None else [ids[-max_length:] for ids in encoded]
+
+
+def is_encoded(prompt: str | list[dict] | list[int]) -> bool:
+    """Whether a prompt is token ids."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
 
 
 def _head_ids(tokenizer: Any, texts: Sequence[str], is_text: Sequence[bool]) -> list[list[int]]:

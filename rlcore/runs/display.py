@@ -22,8 +22,9 @@ _LABELS = {
     "eval/reward": "held-out reward",
     "eval/loss": "held-out loss",
 }
-# each with whether higher is better; shown where they are logged, on a line of their own
-_HELD_OUT = {"eval/reward": True, "eval/loss": False}
+# shown where they are logged, on a line of their own
+_HELD_OUT = ("eval/reward", "eval/loss")
+_LOWER_IS_BETTER = ("loss", "kl", "perplexity", "grad_norm")
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=+*%#"
 _TREND_WIDTH = 24
@@ -43,6 +44,16 @@ def short(value: float) -> str:
     if size >= 1e3:
         return f"{value / 1e3:.1f}k"
     return f"{value:.{3 if size < 100 else 1}f}"
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric's best value is its largest."""
+    return not metric.endswith(_LOWER_IS_BETTER)
+
+
+def bars_for(console: Console) -> str:
+    """Characters for bars, low to high, that the console can show."""
+    return _ASCII_BARS if console.options.ascii_only else _BARS
 
 
 def clock(seconds: float | None) -> str:
@@ -149,7 +160,7 @@ class Display:
                 f"{_LABELS[name]}: {short(first)} at the start, {short(last)} at the end, best "
             )
             course += f"{short(best)} at step {best_step}"
-            rose = last > first if _HELD_OUT[name] else last < first
+            rose = last > first if higher_is_better(name) else last < first
             return course if rose else f"{course}: nothing was learned by this measure"
         return None
 
@@ -192,10 +203,6 @@ class Display:
             *lines, *(Text(f"! {each}", style="yellow") for each in self._warnings.values())
         )
 
-    @property
-    def _bars(self) -> str:
-        return _ASCII_BARS if self._console.options.ascii_only else _BARS
-
     def _held_out_lines(self) -> list[Text]:
         """The number that one decides by comes first, with where it began and was best."""
         lines = []
@@ -204,7 +211,9 @@ class Display:
             line = Text(no_wrap=True, overflow="ellipsis")
             line.append(f"{_LABELS[name]} ", style="dim")
             line.append(short(last), style="bold")
-            line.append(f" {trend([value for _, value in values], self._bars)}", style="green")
+            line.append(
+                f" {trend([value for _, value in values], bars_for(self._console))}", style="green"
+            )
             line.append(f"  start {short(first)}  best {short(best)} @{best_step}", style="dim")
             lines.append(line)
         return lines
@@ -219,7 +228,7 @@ class Display:
             cell.append(f"{_LABELS.get(name, name)} ", style="dim")
             cell.append(short(self._metrics[name]), style="bold")
             if name == self._columns[0]:
-                cell.append(" " + trend(self._course, self._bars), style="green")
+                cell.append(" " + trend(self._course, bars_for(self._console)), style="green")
             if line.cell_len + cell.cell_len <= self._console.width:
                 line.append_text(cell)
         return line if line else Text("waiting for the first step", style="dim")
@@ -231,7 +240,8 @@ class Display:
         lines = [Text(f"step {step}, of one prompt: {_one_line(samples[0].prompt)}", style="dim")]
         for sample in samples:
             line = Text("  ")
-            line.append(f"{short(sample.reward):>6} ", style="bold")
+            judged = math.isfinite(sample.reward)
+            line.append(f"{short(sample.reward) if judged else '':>6} ", style="bold")
             line.append(_one_line(sample.completion))
             lines.append(line)
         for line in lines:
@@ -241,7 +251,7 @@ class Display:
 
 def _best(name: str, values: Sequence[tuple[int, float]]) -> tuple[int, float]:
     """(step, value) of the best; the earliest of equal ones."""
-    sign = 1 if _HELD_OUT[name] else -1
+    sign = 1 if higher_is_better(name) else -1
     return max(values, key=lambda pair: (sign * pair[1], -pair[0]))
 
 

@@ -27,12 +27,15 @@ from rlcore.runs.run_record import RECORD_FILE, read_record
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 CONFIG_FILE = "training.yaml"
+BEST = "best"  # the model that did best on what is held out
 REPLACED = ".replaced"
 _HALF_MOVED = ".replaced.partial"  # on its way into REPLACED, or back from there
 # what runs write besides what their record names: without a result, and with one
 _EARLY = {METRICS_FILE, COMPLETIONS_FILE, CONFIG_FILE, RECORD_FILE, "tensorboard", "wandb"}
 _EARLY |= {"metrics.partial", "completions.partial"}
-_PIECES = r"checkpoint-\d+|value_model|value_head\.safetensors"  # what a run writes as a whole
+_PIECES = (
+    rf"checkpoint-\d+|{BEST}|value_model|value_head\.safetensors"  # what a run writes as a whole
+)
 STAGED = rf"{_PIECES}|{IN_PLACE}"  # what it may leave half written
 _RESULTS = re.compile(_PIECES)
 _HALF_WRITTEN = re.compile(rf"\.({STAGED})\.partial\d*")

@@ -21,7 +21,8 @@ START_OPTIONS = ("resume", "overwrite_output_dir")
 # what no step depends on but through how many there are
 _MAY_CHANGE = (
     *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit"),
-    *("eval_dataset", "eval_steps", "report_to", "gradient_checkpointing"),
+    *("eval_dataset", "eval_steps", "keep_best", "early_stopping_patience", "log_completions"),
+    *("report_to", "gradient_checkpointing"),
 )
 _NOT_COMPARED = (*START_OPTIONS, "output_dir")
 

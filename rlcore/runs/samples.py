@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,16 @@ class Sample:
     advantage: float | None = None
 
 
-def telling(samples: Sequence[Sample], group: int, count: int) -> list[Sample]:
+def telling(groups: Sequence[Sequence[Sample]], count: int) -> list[Sample]:
     """`count` of the samples: those of the prompt whose rewards differ most, best and worst first.
 
     Args:
-        samples: the completions of one prompt next to each other.
-        group: completions a prompt.
+        groups: the completions of each prompt.
     """
-    groups = [samples[start : start + group] for start in range(0, len(samples), group)]
-    groups = [sorted(each, key=_height, reverse=True) for each in groups]
-    groups.sort(key=lambda each: _height(each[0]) - _height(each[-1]), reverse=True)
+    ranked = [sorted(group, key=_height, reverse=True) for group in groups]
+    ranked.sort(key=lambda group: _height(group[0]) - _height(group[-1]), reverse=True)
     chosen: list[Sample] = []
-    for best, *others in groups:
+    for best, *others in ranked:
         chosen += [best, *others[-1:], *others[:-1]]
         if len(chosen) >= count:
             break
@@ -53,12 +51,17 @@ def _height(sample: Sample) -> float:
 
 
 def append_samples(directory: str | Path, step: int, split: str, samples: Sequence[Sample]) -> None:
-    """Append them to the directory's completions.jsonl; a value that is no number becomes null."""
+    """Append them to the directory's completions.jsonl."""
     with (Path(directory) / COMPLETIONS_FILE).open("a", encoding="utf-8") as file:
         for sample in samples:
-            line = {"step": step, "split": split, **_finite(asdict(sample))}
+            line = {"step": step, "split": split, **asdict(sample)}
             del line["row"]
-            file.write(json.dumps(line, allow_nan=False, ensure_ascii=False, default=str) + "\n")
+            file.write(as_line(line) + "\n")
+
+
+def as_line(values: Mapping[str, Any]) -> str:
+    """Strict JSON on one line; a value that is no number becomes null."""
+    return json.dumps(_finite(values), allow_nan=False, ensure_ascii=False, default=str)
 
 
 def _finite(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rlcore.data.chat import goes_on, prompt_text
-from rlcore.data.encoding import encode_prompts, pad
+from rlcore.data.encoding import encode_prompts, is_encoded, pad
 from rlcore.data.ends import end_tokens
 from rlcore.data.tokens import begins_anew, mid_text
 from rlcore.errors import UserError, reason_of
@@ -49,7 +49,7 @@ class Rollout:
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str | list[dict]],
+    prompts: Sequence[str | list[dict] | list[int]],
     *,
     num_generations: int = 1,
     max_new_tokens: int,
@@ -64,7 +64,8 @@ def generate(
     """Sample `num_generations` completions of each prompt.
 
     Args:
-        prompts: texts or chat messages; of a longer one the last `max_prompt_length` tokens stay.
+        prompts: texts or chat messages, or token ids, all of them; of a longer one the last
+            `max_prompt_length` tokens stay.
         temperature, top_p, top_k: as in transformers; 1.0 and 0 switch the truncations off.
         greedy: take the likeliest token instead; the sampling options have no part in it.
         seed: of this call's own random generator; the global one is not touched.
@@ -230,7 +231,7 @@ def _up_to_end(ids: torch.Tensor, eos: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def _texts(
-    tokenizer: Any, prompts: Sequence[str | list[dict]], ids: torch.Tensor, mask: torch.Tensor
+    tokenizer: Any, prompts: Sequence[str | list], ids: torch.Tensor, mask: torch.Tensor
 ) -> list[str]:
     """The counted tokens of (N, C) as text behind their prompts, special tokens left out."""
     rows = [row[counts].tolist() for row, counts in zip(ids.cpu(), mask.cpu(), strict=True)]
@@ -238,7 +239,8 @@ def _texts(
     texts: list[str] = []
     for number, prompt in enumerate(prompts):
         # a turn's own text begins without the blank that some tokenizers put before every text
-        middle = goes_on(prompt) and not begins_anew(tokenizer, prompt_text(tokenizer, prompt))
+        middle = not is_encoded(prompt) and goes_on(prompt)
+        middle = middle and not begins_anew(tokenizer, prompt_text(tokenizer, prompt))
         texts += (mid_text(tokenizer) if middle else tokenizer).batch_decode(
             rows[number * generations : (number + 1) * generations],
             skip_special_tokens=True,

@@ -28,7 +28,8 @@ from rlcore.models.loading import load_policy, load_tokenizer
 from rlcore.sampling.rewards import RewardFunction
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.dpo import DPOConfig, check_dpo_config
-from rlcore.trainers.shared.collect import Judge, collect, evaluate, make_judge
+from rlcore.trainers.shared.collect import Judge, collect, evaluate, make_judge, show_completions
+from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import Data, load_data, load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
 from rlcore.trainers.shared.policies import Policy, as_reference, load_wanted_reference
@@ -46,7 +47,6 @@ from rlcore.trainers.shared.run import (
     summed,
     total_steps,
     tracking,
-    wants_evaluation,
 )
 
 __all__ = ["DPOConfig", "train_dpo"]
@@ -126,10 +126,9 @@ def train_dpo(
             data, held_out = (_with_reference(run, each, reference) for each in (data, held_out))
             reference = None
         log, clock = Log(run, tracker), Clock()
-        if held_out is not None and run.first_step == 0:
-            log.write(0, _evaluate(run, held_out, judge, reference))
-            clock.skip()
-        for step in range(run.first_step + 1, run.total_steps + 1):
+        measure = partial(_evaluate, run, held_out, judge, reference)
+        held = HeldOut(run, log, clock, held_out, measure)
+        for step in run.steps():
             chosen = batch_indices(len(data), rows, step - 1, config.seed)
             if config.online:
                 batches, metrics = _sampled_batches(run, data[chosen], judge, step)
@@ -142,8 +141,7 @@ def train_dpo(
             metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
             metrics["epoch"] = step * rows / len(data)
             log.add(step, metrics)
-            if held_out is not None and wants_evaluation(run, step):
-                log.write(step, _evaluate(run, held_out, judge, reference))
+            held.after(step)
             save_if_due(run, step)
             clock.skip()
         return finish_run(run, log)
@@ -269,6 +267,7 @@ def _evaluate(run: Run, held_out: Any, judge: Judge, reference: Policy | None) -
     """Loss and rewards on held-out pairs; with `online` the rewards of greedy completions."""
     if run.config.online:
         return evaluate(run, held_out, judge)
+    show_completions(run, [pair.chosen for pair in held_out.pairs[: run.config.log_completions]])
     means = Means()
     with evaluating(run.model):
         for batch in _batches(run, held_out, range(len(held_out))):

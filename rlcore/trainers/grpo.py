@@ -25,6 +25,7 @@ from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig, check_grpo_config
 from rlcore.trainers.shared.collect import collect, evaluate, make_judge, note_advantages
 from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
 from rlcore.trainers.shared.policies import (
@@ -49,7 +50,6 @@ from rlcore.trainers.shared.run import (
     start_run,
     total_steps,
     tracking,
-    wants_evaluation,
 )
 
 __all__ = ["GRPOConfig", "train_grpo"]
@@ -96,9 +96,7 @@ def train_grpo(
     reference = as_reference(run, reference)
     with tracking(run, tracker, "GRPO", DISPLAYED) as tracker:
         log, clock, step = Log(run, tracker), Clock(), run.first_step
-        if held_out is not None and step == 0:
-            log.write(0, evaluate(run, held_out, judge))
-            clock.skip()
+        held = HeldOut(run, log, clock, held_out, lambda: evaluate(run, held_out, judge))
         while step < run.total_steps:
             number = step // updates
             chosen = rows[batch_indices(len(rows), prompts, number, config.seed)]
@@ -118,9 +116,7 @@ def train_grpo(
                 )
                 metrics["epoch"] = step / updates * prompts / len(rows)
                 log.add(step, metrics)
-                if held_out is not None and wants_evaluation(run, step):
-                    log.write(step, evaluate(run, held_out, judge))
-                clock.skip()
+                held.after(step)
                 tokens = 0
             # Between generation batches alone, so that a resumed run starts with a fresh one.
             save_if_due(run, step, updates)

@@ -35,6 +35,7 @@ from rlcore.trainers.shared.critic import (
     value_step,
 )
 from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
 from rlcore.trainers.shared.policies import (
@@ -57,7 +58,6 @@ from rlcore.trainers.shared.run import (
     start_run,
     total_steps,
     tracking,
-    wants_evaluation,
 )
 
 __all__ = ["PGConfig", "train_pg"]
@@ -113,10 +113,8 @@ def train_pg(
     reference = as_reference(run, reference)
     with tracking(run, tracker, "PG", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
-        if held_out is not None and run.first_step == 0:
-            log.write(0, evaluate(run, held_out, judge))
-            clock.skip()
-        for step in range(run.first_step + 1, run.total_steps + 1):
+        held = HeldOut(run, log, clock, held_out, lambda: evaluate(run, held_out, judge))
+        for step in run.steps():
             chosen = rows[batch_indices(len(rows), prompts, step - 1, config.seed)]
             sampled = collect(run, chosen, judge, mix_seed(config.seed, step - 1))
             experience = _experience(run, critic, reference, sampled)
@@ -125,9 +123,7 @@ def train_pg(
             metrics = sampled.metrics | trained | clock.lap(tokens)
             metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
             log.add(step, metrics)
-            if held_out is not None and wants_evaluation(run, step):
-                log.write(step, evaluate(run, held_out, judge))
-            clock.skip()
+            held.after(step)
             save_if_due(run, step)
         return finish_run(run, log, critic and critic.save)
 

@@ -31,6 +31,7 @@ from rlcore.trainers.shared.credit import judged_only, objective_metrics, token_
 from rlcore.trainers.shared.critic import Critic, explained_variance, load_critic, predict_values
 from rlcore.trainers.shared.divergence import require_finite
 from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
 from rlcore.trainers.shared.policies import (
@@ -52,7 +53,6 @@ from rlcore.trainers.shared.run import (
     summed,
     total_steps,
     tracking,
-    wants_evaluation,
 )
 
 __all__ = ["PPOConfig", "train_ppo"]
@@ -106,10 +106,8 @@ def train_ppo(
     reference = as_reference(run, reference)
     with tracking(run, tracker, "PPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
-        if held_out is not None and run.first_step == 0:
-            log.write(0, evaluate(run, held_out, judge))
-            clock.skip()
-        for step in range(run.first_step + 1, run.total_steps + 1):
+        held = HeldOut(run, log, clock, held_out, lambda: evaluate(run, held_out, judge))
+        for step in run.steps():
             chosen = rows[batch_indices(len(rows), prompts, step - 1, config.seed)]
             seed = mix_seed(config.seed, step - 1)
             sampled = collect(run, chosen, judge, seed)
@@ -120,9 +118,7 @@ def train_ppo(
             metrics = sampled.metrics | objective | trained | clock.lap(tokens)
             metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
             log.add(step, metrics)
-            if held_out is not None and wants_evaluation(run, step):
-                log.write(step, evaluate(run, held_out, judge))
-            clock.skip()
+            held.after(step)
             save_if_due(run, step)
         return finish_run(run, log, critic.save)
 

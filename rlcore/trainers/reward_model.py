@@ -27,6 +27,7 @@ from rlcore.models.loading import load_classifier, load_tokenizer
 from rlcore.models.reward_model import sequence_scores
 from rlcore.runs.ranges import Count, Length, NotNegative, Positive
 from rlcore.trainers.options.base import TrainConfig, check_train_config
+from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_data
 from rlcore.trainers.shared.metrics import Clock, Log, Means
 from rlcore.trainers.shared.run import (
@@ -42,7 +43,6 @@ from rlcore.trainers.shared.run import (
     summed,
     total_steps,
     tracking,
-    wants_evaluation,
 )
 
 __all__ = ["RewardModelConfig", "train_reward_model"]
@@ -94,7 +94,8 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
     run = start_run(config, accelerator, model, tokenizer, steps, data=pairs, notes=data.notes)
     with tracking(run, tracker, "reward model", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
-        for step in range(run.first_step + 1, run.total_steps + 1):
+        held = HeldOut(run, log, clock, held_out, lambda: _evaluate(run, held_out))
+        for step in run.steps():
             indices = batch_indices(len(pairs), rows, step - 1, config.seed)
             chosen = [pairs[index] for index in indices]
             metrics = _train_step(run, step, chosen)
@@ -103,8 +104,7 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
             metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
             metrics["epoch"] = step * rows / len(pairs)
             log.add(step, metrics)
-            if held_out is not None and wants_evaluation(run, step):
-                log.write(step, _evaluate(run, held_out))
+            held.after(step)
             save_if_due(run, step)
             clock.skip()
         return finish_run(run, log)

@@ -21,8 +21,10 @@ from rlcore.data.loaded import Loaded
 from rlcore.data.loading import SFT_COLUMNS, load_rows
 from rlcore.models.forward import evaluating
 from rlcore.models.loading import load_policy, load_tokenizer
-from rlcore.runs.ranges import Length, Positive
+from rlcore.runs.ranges import Length, Natural, Positive
 from rlcore.trainers.options.base import TrainConfig, check_train_config
+from rlcore.trainers.shared.collect import show_completions
+from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_data
 from rlcore.trainers.shared.metrics import Clock, Log
 from rlcore.trainers.shared.run import (
@@ -38,7 +40,6 @@ from rlcore.trainers.shared.run import (
     summed,
     total_steps,
     tracking,
-    wants_evaluation,
 )
 
 DISPLAYED = ("loss", "learning_rate", "tokens_per_second")
@@ -50,6 +51,8 @@ class SFTConfig(TrainConfig):
 
     learning_rate: Positive = 2e-5  # its peak
     max_length: Length | None = 1024  # tokens of a sequence; longer ones are cut at their end
+    # greedy completions of held-out prompts to show and keep in completions.jsonl
+    log_completions: Natural = 3
 
 
 def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
@@ -77,7 +80,8 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
     run = start_run(config, accelerator, model, tokenizer, steps, data=examples, notes=data.notes)
     with tracking(run, tracker, "SFT", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
-        for step in range(run.first_step + 1, run.total_steps + 1):
+        held = HeldOut(run, log, clock, held_out, lambda: {"eval/loss": _evaluate(run, held_out)})
+        for step in run.steps():
             chosen = batch_indices(len(examples), rows, step - 1, config.seed)
             metrics = _train_step(run, step, [examples[index] for index in chosen])
             tokens = sum(len(examples[index]) for index in chosen)
@@ -85,8 +89,7 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
             metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
             metrics["epoch"] = step * rows / len(examples)
             log.add(step, metrics)
-            if held_out and wants_evaluation(run, step):
-                log.write(step, {"eval/loss": _evaluate(run, held_out)})
+            held.after(step)
             save_if_due(run, step)
             clock.skip()
         return finish_run(run, log)
@@ -133,6 +136,7 @@ def _loss(run: Run, batch: Batch, num_items: float) -> torch.Tensor:
 @torch.no_grad()
 def _evaluate(run: Run, examples: list[Example]) -> float:
     """The mean negative log-probability of a held-out completion token."""
+    show_completions(run, examples[: run.config.log_completions])
     with evaluating(run.model):
         batches = _micro_batches(run, examples)
         total = sum(_loss(run, batch, 1.0).item() for batch in batches)

@@ -26,6 +26,7 @@ from rlcore.trainers.options.schedules import check_schedule
 
 FUSED_HEAD = ("on", "off")
 ADAPTERS = ("lora",)
+KEEP_BEST = ("auto", "none")
 
 
 @dataclass(kw_only=True)
@@ -77,7 +78,12 @@ class TrainConfig:
     # how many checkpoints stay; None: all where save_steps is given, else 2, so that the disk lasts
     save_total_limit: Count | None = None
     eval_dataset: str | None = None  # held-out rows, like dataset; of splits the held-out one
-    eval_steps: Natural = 0  # optimizer steps between evaluations; 0: at the end only
+    eval_steps: Natural = 0  # optimizer steps between evaluations; 0: at start and end only
+    # the metric whose best model stays in output_dir/best, as eval/reward; auto: the held-out
+    # reward, accuracy or loss where eval_steps is set; none: no model
+    keep_best: str = "auto"
+    # end after so many evaluations in a row without a better one; None: go on
+    early_stopping_patience: Count | None = None
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
 
 
@@ -89,14 +95,25 @@ def check_train_config(config: TrainConfig) -> None:
         raise unknown_name("fused_head", config.fused_head, FUSED_HEAD)
     if config.max_steps == 0:
         raise UserError(f"max_steps must be at least 1, or -1, not {config.max_steps}")
-    if config.eval_steps and config.eval_dataset is None:
-        raise UserError("eval_steps is set, but there is no eval_dataset to evaluate on")
+    _check_evaluation(config)
     check_schedule(config)
     _check_adapter(config)
     check_apart(config.output_dir, inputs_of(config))
     check_output_dir(config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume)
     if config.resume:
         check_same_options(config)
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    if config.eval_dataset is None:
+        for name, unset in {"eval_steps": (0,), "keep_best": KEEP_BEST}.items():
+            if getattr(config, name) not in unset:
+                raise UserError(f"{name} is set, but there is no eval_dataset to evaluate on")
+    if config.early_stopping_patience is not None and not config.eval_steps:
+        raise UserError(
+            "early_stopping_patience counts evaluations, and without eval_steps there are none "
+            "before the end: set eval_steps"
+        )
 
 
 def _check_adapter(config: TrainConfig) -> None:

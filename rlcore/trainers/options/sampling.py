@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rlcore.errors import UserError
 from rlcore.runs.ranges import Count, Natural, NotNegative, Positive, Share
 from rlcore.trainers.options.base import TrainConfig, check_train_config
+from rlcore.trainers.options.reward import RewardConfig
 
 
 @dataclass(kw_only=True)
-class SamplingConfig(TrainConfig):
+class SamplingConfig(RewardConfig, TrainConfig):
     """Sampling."""
 
     num_generations: Count = 1  # completions a prompt
@@ -21,14 +22,8 @@ class SamplingConfig(TrainConfig):
     top_k: Natural = 0  # sample from this many of the likeliest tokens; 0: all
     log_completions: Natural = 3  # completions of a batch to show and keep in completions.jsonl
 
-    # Reward
+    # Use of the rewards
 
-    # package.module:function of your own, or arithmetic, code_runs, exact_match, math_verify,
-    # regex_match, think_format
-    reward: list[str] = field(default_factory=list)
-    code_sandbox: str | None = None  # package.module:function that runs code_runs' programs
-    reward_model: str | None = None  # a trained reward model; may stand beside other rewards
-    reward_weights: list[float] | None = None  # one a reward, the model's last; None: 1 each
     normalize_rewards: bool = False  # by the mean and std of all rewards of the run so far
     missing_eos_penalty: NotNegative | None = None  # taken off a completion that does not end
     mask_truncated_completions: bool = False  # leave completions without an end out of the loss

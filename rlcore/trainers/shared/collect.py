@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from rlcore.data.encoding import Example
+from rlcore.errors import UserError
 from rlcore.models.reward_model import RewardModel
 from rlcore.runs.samples import Sample, telling
 from rlcore.sampling import sandbox
@@ -26,8 +28,9 @@ from rlcore.sampling.rollout import Rollout, generate
 from rlcore.trainers.options.sampling import SamplingConfig
 from rlcore.trainers.shared.divergence import stop_together
 from rlcore.trainers.shared.experience import Experience, from_rollout
-from rlcore.trainers.shared.run import Run, mix_seed, shared_out
+from rlcore.trainers.shared.run import Run, mix_seed, shared_out, split
 
+SHOWN_TOKENS = 128  # of a completion that is there to be looked at alone
 BROKEN = ("a logit over temperature, in sampling,", math.nan)
 
 
@@ -127,7 +130,7 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
         seed=mix_seed(seed, rank),
     )
     stop_together(run, run.step + 1, BROKEN if rollout is None else None)
-    rewards = judge(_repeated(mine, config.num_generations), rollout)
+    rewards = judge(repeated(mine, config.num_generations), rollout)
     everyone = _gathered(accelerator, rollout, rewards)
     metrics = _metrics(everyone, judge, config.num_generations)
     run.num_tokens += metrics["tokens"]
@@ -135,18 +138,26 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
     if config.normalize_rewards:
         run.reward_moments.add(scores[~scores.isnan()])
         scores = run.reward_moments.normalized(scores)
-    run.samples["train"] = _samples(run, mine["prompt"], rollout, rewards, judge)
+    run.samples["train"] = _samples(run, mine, rollout, rewards, judge)
     scores = scores - (config.missing_eos_penalty or 0.0) * everyone["truncated"].float()
     experience = from_rollout(rollout, mask_truncated_completions=config.mask_truncated_completions)
     return Sampled(experience, rollout.truncated, scores, rank, metrics)
 
 
 def _samples(
-    run: Run, prompts: Sequence, rollout: Rollout, rewards: Rewards, judge: Judge
+    run: Run, columns: Mapping[str, Sequence], rollout: Rollout, rewards: Rewards, judge: Judge
 ) -> list[Sample]:
     """Some of the main process's completions, with what they got."""
     if not (run.config.log_completions and run.accelerator.is_main_process):
         return []
+    return telling(as_samples(judge, columns, rollout, rewards), run.config.log_completions)
+
+
+def as_samples(
+    judge: Judge, columns: Mapping[str, Sequence], rollout: Rollout, rewards: Rewards
+) -> list[list[Sample]]:
+    """The completions of each prompt, with what they got; `columns` has an entry a prompt."""
+    prompts = columns["prompt"]
     group = len(rollout.completions) // len(prompts)
     judged = zip(
         rollout.completions, rewards.total.tolist(), rewards.per_function.tolist(),
@@ -156,7 +167,34 @@ def _samples(
         Sample(i, prompts[i // group], text, dict(zip(judge.names, each, strict=True)), total, cut)
         for i, (text, total, each, cut) in enumerate(judged)
     ]
-    return telling(samples, group, run.config.log_completions)
+    return split(samples, group)
+
+
+def show_completions(run: Run, examples: Sequence[Example]) -> None:
+    """Have greedy completions of the examples' prompts shown, of SHOWN_TOKENS at most.
+
+    Every process calls it. A model that cannot sample shows none.
+    """
+    if not examples:
+        return
+    longest = max(len(example.completion) for example in examples)
+    try:
+        rollout = generate(
+            run.policy,
+            run.tokenizer,
+            [example.prompt for example in examples],
+            max_new_tokens=min(longest, SHOWN_TOKENS),
+            greedy=True,
+            full_length=run.is_sharded,
+        )
+    except (UserError, FloatingPointError):
+        return
+    prompts = run.tokenizer.batch_decode([example.prompt for example in examples])
+    shown = zip(prompts, rollout.completions, rollout.truncated.tolist(), strict=True)
+    run.samples["eval"] = [
+        Sample(row, prompt, completion, {}, math.nan, truncated)
+        for row, (prompt, completion, truncated) in enumerate(shown)
+    ]
 
 
 def note_advantages(run: Run, advantage: torch.Tensor) -> None:
@@ -182,7 +220,8 @@ def _generated(run: Run, prompts: Sequence, **options: Any) -> Rollout | None:
         return None
 
 
-def _repeated(columns: Mapping[str, Sequence], times: int) -> dict[str, list]:
+def repeated(columns: Mapping[str, Sequence], times: int) -> dict[str, list]:
+    """The columns with each entry `times` times, next to each other."""
     return {
         name: [value for value in values for _ in range(times)] for name, values in columns.items()
     }
@@ -255,7 +294,7 @@ def evaluate(run: Run, rows: Any, judge: Judge) -> dict[str, float]:
             continue
         rewards = judge(columns, rollout)
         if "eval" not in run.samples:
-            run.samples["eval"] = _samples(run, columns["prompt"], rollout, rewards, judge)
+            run.samples["eval"] = _samples(run, columns, rollout, rewards, judge)
         length = rollout.completion_mask.sum(1).float().cpu()
         values = torch.stack([rewards.total, length, *rewards.per_function.T])  # (2 + F, N)
         sums += torch.stack([values.double().nansum(1), (~values.isnan()).sum(1)], dim=1)

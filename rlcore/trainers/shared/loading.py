@@ -50,32 +50,42 @@ def load_data(config: TrainConfig, load: Callable[..., Any]) -> Data:
 
 
 def load_prompts(config: SamplingConfig, tokenizer: Any, judge: Judge) -> Data:
-    """Rows of {"prompt", ...}, every prompt of which was encoded once.
-
-    Raises:
-        UserError: data, columns or a prompt that do not work; the row is named.
-    """
+    """Rows of {"prompt", ...} for the run, as `load_prompt_rows` checks them."""
 
     def load(path_or_name: str, held_out: bool) -> Rows:
-        rows = load_rows(path_or_name, held_out=held_out)
-        check_columns(judge.functions, rows.column_names, path_or_name)
-        prompts = rows.select_columns(["prompt"])
-        rows.extent, cuts = _measured_prompts(prompts, tokenizer, config.max_prompt_length)
-        if judge.reward_models:
-            # they read prompts whole
-            whole, _ = _measured_prompts(prompts, tokenizer, None)
-            for each in judge.reward_models:
-                check_extent(each.model, whole, tokenizer, config.max_completion_length)
-        rows.notes += cuts + _null_fields_note(rows, path_or_name)
-        if "code_runs" in config.reward and "tests" not in rows.column_names:
-            rows.notes += (
-                f"{path_or_name} has no column 'tests': code_runs rewards every program that runs",
-            )
-        return rows
+        return load_prompt_rows(config, tokenizer, judge, path_or_name, held_out)
 
     data = load_data(config, load)
     notes = data.notes + _sampling_note(config)
     return dataclasses.replace(data, notes=notes, new_tokens=config.max_completion_length)
+
+
+def load_prompt_rows(
+    config: Any, tokenizer: Any, judge: Judge, path_or_name: str, held_out: bool
+) -> Rows:
+    """Rows of {"prompt", ...}, every prompt of which was encoded once.
+
+    Args:
+        config: has `reward`, `max_prompt_length` and `max_completion_length`.
+
+    Raises:
+        UserError: data, columns or a prompt that do not work; the row is named.
+    """
+    rows = load_rows(path_or_name, held_out=held_out)
+    check_columns(judge.functions, rows.column_names, path_or_name)
+    prompts = rows.select_columns(["prompt"])
+    rows.extent, cuts = _measured_prompts(prompts, tokenizer, config.max_prompt_length)
+    if judge.reward_models:
+        # they read prompts whole
+        whole, _ = _measured_prompts(prompts, tokenizer, None)
+        for each in judge.reward_models:
+            check_extent(each.model, whole, tokenizer, config.max_completion_length)
+    rows.notes += cuts + _null_fields_note(rows, path_or_name)
+    if "code_runs" in config.reward and "tests" not in rows.column_names:
+        rows.notes += (
+            f"{path_or_name} has no column 'tests': code_runs rewards every program that runs",
+        )
+    return rows
 
 
 def _measured_prompts(

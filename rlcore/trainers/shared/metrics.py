@@ -79,8 +79,14 @@ class Log:
         """Take a step's metrics; write their averages every `logging_steps` and at the end."""
         self._pending.append(metrics)
         self._show_samples(step, "train")
-        if step % self.run.config.logging_steps and step != self.run.total_steps:
+        if step % self.run.config.logging_steps == 0 or step == self.run.total_steps:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Write what no line has yet."""
+        if not self._pending:
             return
+        metrics = self._pending[-1]
         names = dict.fromkeys(name for pending in self._pending for name in pending)
         means = {}
         for name in names:
@@ -97,6 +103,11 @@ class Log:
         self.last = {**known, "step": step, **metrics}
         self.tracker.log(step, metrics)
         self._show_samples(step, "eval")
+
+    def message(self, text: str) -> None:
+        """Say something on the screen, once."""
+        if self.run.accelerator.is_main_process:
+            self.tracker.message(text)
 
     def _show_samples(self, step: int, split: str) -> None:
         # a caller's own tracker may only log

@@ -53,6 +53,17 @@ class Result:
     steps: int
     metrics: dict[str, float]  # of the last step: all of its lines in metrics.jsonl
     model: Any  # unwrapped, on its device
+    best: Path | None = None  # the directory of the model that did best on held-out data
+
+
+@dataclass
+class Best:
+    """The best that was measured on held-out data so far."""
+
+    metric: str | None = None
+    value: float | None = None
+    step: int = 0
+    misses: int = 0  # measurements since then
 
 
 @dataclass
@@ -74,8 +85,16 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     coefficients: dict[str, float] = field(default_factory=dict)  # those that the run adapts
     samples: dict[str, list[Sample]] = field(default_factory=dict)  # by split, to be shown next
+    best: Best = field(default_factory=Best)
     step: int = 0  # the last step that was begun
     prefix: str = ""  # of its quantities' names in errors
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps that are left; they may come to an early end."""
+        step = self.first_step
+        while step < self.total_steps:
+            step += 1
+            yield step
 
     @property
     def policy(self) -> Any:
@@ -187,6 +206,7 @@ def _load_last_checkpoint(run: Run) -> None:
     run.num_tokens = state["num_tokens"]
     run.reward_moments = Moments(**state["reward_moments"])
     run.coefficients.update(state["coefficients"])
+    run.best = Best(**state["best"])
 
 
 def _on_main(accelerator: Any, action: Callable[[], Any]) -> Any:
@@ -365,12 +385,6 @@ def clip_gradients(run: Run) -> float:
     return float(run.accelerator.clip_grad_norm_(run.model.parameters(), limit))
 
 
-def wants_evaluation(run: Run, step: int) -> bool:
-    """After every eval_steps optimizer steps and after the last."""
-    every = run.config.eval_steps
-    return step == run.total_steps or (every > 0 and step % every == 0)
-
-
 def save_if_due(run: Run, step: int, unit: int = 1) -> None:
     """A checkpoint where `step` ends a unit of steps in which a multiple of save_steps lies.
 
@@ -394,6 +408,7 @@ def save_if_due(run: Run, step: int, unit: int = 1) -> None:
             "num_tokens": run.num_tokens,
             "reward_moments": dataclasses.asdict(run.reward_moments),
             "coefficients": run.coefficients,
+            "best": dataclasses.asdict(run.best),
         },
         keep=keep,
     )
@@ -444,4 +459,6 @@ def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None)
     if run.accelerator.is_main_process:
         with no_progress_bars():
             checkpoint.save_model(run.policy, run.tokenizer, run.config.output_dir, weights)
-    return Result(Path(run.config.output_dir), run.total_steps, log.last, run.policy)
+    output = Path(run.config.output_dir)
+    best = output / output_dir.BEST
+    return Result(output, run.total_steps, log.last, run.policy, best if best.is_dir() else None)

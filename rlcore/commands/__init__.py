@@ -1,0 +1,1 @@
+"""What `rlcore` does besides training: evaluate, chat, compare, merge, env."""
