@@ -47,7 +47,7 @@ class EvalConfig(RewardConfig):
     # held-out prompts, like a trainer's eval_dataset; of several splits the held-out one
     dataset: str
     num_samples: Natural = 0  # k: sampled answers a prompt, for mean@k and pass@k; 0: greedy alone
-    pass_at: list[int] = field(default_factory=list)  # the k of pass@k; none: num_samples
+    pass_at: list[Count] = field(default_factory=list)  # the k of pass@k; none: num_samples
     pass_reward: float = 1.0  # an answer passes where its reward is at least this
     batch_size: Count = 32  # prompts at a time
     limit: Count | None = None  # prompts at most; None: all
