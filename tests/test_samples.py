@@ -12,8 +12,9 @@ import pytest
 from helpers.tiny import save_tiny
 from rich.console import Console
 
+from rlcore.runs.display import Display
 from rlcore.runs.samples import Sample, append_samples, telling
-from rlcore.runs.tracking import Tracker
+from rlcore.runs.tracking import GRPO_COLUMNS, Tracker
 from rlcore.runs.warnings import PATIENCE, RULES, Warnings
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 
@@ -87,8 +88,8 @@ def test_a_rule_warns_while_its_metric_is_beyond_its_bound(rule):
 
 def shown(width: int) -> list[str]:
     screen = console(width)
-    with Tracker("unused", 60, "GRPO", enabled=False, console=screen) as tracker:
-        display = tracker._display
+    display = Display(screen, 60, "GRPO", GRPO_COLUMNS, subtitle="runs/here  Qwen2 0.3M, 9 rows")
+    display.show_phase("sampling")
     display.update(0, {"eval/reward": 0.5})
     for step in range(1, 5):
         values = {"reward": step / 10, "kl": 0.01, "entropy": 0.3, "tokens_per_second": 4100.0}
@@ -104,11 +105,24 @@ def shown(width: int) -> list[str]:
 def test_the_screen_shows_what_one_decides_by_first_and_fits(width):
     lines = shown(width)
     assert all(len(line) <= width for line in lines)
-    assert "held-out reward 0.750" in lines[1] and "start 0.500" in lines[1]
-    assert "best 0.750 @4" in lines[1] and "reward 0.400" in lines[2]
+    assert lines[0].startswith("GRPO  runs/here  Qwen2 0.3M") and "sampling" in lines[1]
+    assert "held-out reward 0.750" in lines[2] and "start 0.500" in lines[2]
+    assert "best 0.750 @4" in lines[2] and "reward 0.400" in lines[3]
     text = "\n".join(lines)
     assert "step 4, of one prompt: p" in text and " 1.000 long long" in text
     assert "! the KL is high: raise beta" in text
+
+
+def test_samples_of_several_prompts_stand_behind_their_own():
+    screen = console(60)
+    display = Display(screen, 9, "SFT", ("loss",))
+    display.show_samples(3, [sample(math.nan, prompt="word " * 20), sample(0.5)])
+    screen.export_text(clear=True)
+    screen.print(display._render())
+    lines = screen.export_text().splitlines()
+    assert lines[-3] == "step 3"
+    assert "word → cnan" in lines[-2] and "nan" not in lines[-2].split("→")[0]
+    assert lines[-1].strip() == "0.500 p → c0.5" and all(len(line) <= 60 for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,13 @@ COMMANDS = {
         "runs beside each other: options that differ, held-out values, curves",
         positional=("runs",),
     ),
+    "report": Command(
+        "rlcore.commands.report",
+        "RunReportConfig",
+        "report",
+        "runs as one page of HTML: curves, samples, options, warnings",
+        positional=("runs",),
+    ),
     "env": Command(
         "rlcore.commands.env",
         "EnvConfig",

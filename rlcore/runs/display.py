@@ -88,10 +88,12 @@ class Display:
         description: str,
         columns: tuple[str, ...],
         start_step: int = 0,
+        subtitle: str = "",
     ):
         self._console = console or Console(stderr=True)
         self._total = total_steps
-        self._description = description
+        self._description, self._subtitle = description, subtitle
+        self._phase = ""  # what the run does now
         self._columns = tuple(dict.fromkeys([*columns, *_HELD_OUT]))
         self._held_out: dict[str, list[tuple[int, float]]] = {}  # (step, value) by name
         self._samples: tuple[int, list[Sample]] = (0, [])
@@ -113,6 +115,7 @@ class Display:
             self._live.start()
 
     def stop(self) -> None:
+        self._phase = ""
         if self._live:
             self._live.stop()
 
@@ -143,6 +146,10 @@ class Display:
         evaluated = any(name in metrics for name in _HELD_OUT)
         late = self._updated - self._printed >= _SECONDS_BETWEEN_LINES
         return late or evaluated or step >= self._total
+
+    def show_phase(self, name: str) -> None:
+        """Name what the run does from now on; seen when the screen is next drawn."""
+        self._phase = name
 
     def show_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Show the first two from now on; on a terminal alone."""
@@ -184,21 +191,24 @@ class Display:
 
     def _render(self) -> Group:
         elapsed = time.monotonic() - self._started
+        title = Text(no_wrap=True, overflow="ellipsis")
+        title.append(self._description, style="bold")
+        title.append(f"  {self._subtitle}", style="dim")
         head = Table.grid(padding=(0, 1), expand=True)
-        head.add_column(no_wrap=True)
         head.add_column(ratio=1)
-        head.add_column(no_wrap=True, justify="right")
+        for _ in range(2):
+            head.add_column(no_wrap=True, justify="right")
         waiting = self._step == self._start_step
         bar = ProgressBar(
             total=max(self._total, 1), completed=self._step, pulse=waiting, animation_time=elapsed
         )
         left = "" if self._step >= self._total else f", {clock(self._remaining())} left"
         head.add_row(
-            Text(self._description, style="bold"),
             bar,
             Text.assemble(f"{self._step}/{self._total} ", (f"{clock(elapsed)}{left}", "dim")),
+            Text(self._phase, style="cyan"),
         )
-        lines = [head, *self._held_out_lines(), self._metric_line(), *self._sample_lines()]
+        lines = [title, head, *self._held_out_lines(), self._metric_line(), *self._sample_lines()]
         return Group(
             *lines, *(Text(f"! {each}", style="yellow") for each in self._warnings.values())
         )
@@ -234,14 +244,21 @@ class Display:
         return line if line else Text("waiting for the first step", style="dim")
 
     def _sample_lines(self) -> list[Text]:
+        """The completions beneath their prompt, or each behind its own."""
         step, samples = self._samples
         if not samples:
             return []
-        lines = [Text(f"step {step}, of one prompt: {_one_line(samples[0].prompt)}", style="dim")]
-        for sample in samples:
-            line = Text("  ")
+        prompts = [_one_line(sample.prompt) for sample in samples]
+        is_one = len(samples) > 1 and len(set(prompts)) == 1
+        head = f"step {step}, of one prompt: {prompts[0]}" if is_one else f"step {step}"
+        lines = [Text(head, style="dim")]
+        for sample, prompt in zip(samples, prompts, strict=True):
             judged = math.isfinite(sample.reward)
+            line = Text("  ")
             line.append(f"{short(sample.reward) if judged else '':>6} ", style="bold")
+            if not is_one:
+                room = max(self._console.width // 2 - 10, 8)
+                line.append(f"{prompt if len(prompt) <= room else f'…{prompt[-room:]}'} → ", "dim")
             line.append(_one_line(sample.completion))
             lines.append(line)
         for line in lines:

@@ -27,6 +27,7 @@ from rlcore.runs.run_record import RECORD_FILE, read_record
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 CONFIG_FILE = "training.yaml"
+WRITE_UP = ("README.md", "report.html")  # for the readers of a finished run
 BEST = "best"  # the model that did best on what is held out
 REPLACED = ".replaced"
 _HALF_MOVED = ".replaced.partial"  # on its way into REPLACED, or back from there

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class RunFiles:
     options: dict[str, Any]
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl, each with "step"
     completions: list[dict[str, Any]]  # lines of completions.jsonl
+    facts: Mapping[str, Any]  # of its record: rows, model, versions, command, notes
 
     @property
     def names(self) -> list[str]:
@@ -71,6 +72,7 @@ def read_run(directory: str | Path) -> RunFiles:
         yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8")) or {},
         read_metrics(directory / METRICS_FILE),
         read_metrics(completions) if completions.is_file() else [],
+        record.facts if record else {},
     )
 
 

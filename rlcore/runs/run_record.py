@@ -3,6 +3,7 @@
 The record is a hidden file of JSON lines, appended to before the files that it names appear:
 
     {"trainer": "SFTConfig", "inputs": {"dataset": "1f3c...", "model": "77ab..."}}   at a start
+    {"facts": {"rows": 294, "versions": {"torch": "2.13.0"}, ...}}                   there and later
     {"written": ["config.json", "model.safetensors"]}                                before a save
 """
 
@@ -12,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RECORD_FILE = ".rlcore-run"
 
@@ -23,6 +25,7 @@ class Record:
     trainer: str  # the class of the last start's options
     inputs: Mapping[str, str]  # {option: fingerprint} of what the last start was given
     written: frozenset[str]  # names of files and directories
+    facts: Mapping[str, Any]  # what a reader of the run wants to know besides
 
 
 def read_record(directory: Path) -> Record | None:
@@ -31,7 +34,7 @@ def read_record(directory: Path) -> Record | None:
         lines = (directory / RECORD_FILE).read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    trainer, inputs, written = "", {}, set()
+    trainer, inputs, written, facts = "", {}, set(), {}
     for line in lines:
         try:
             entry = json.loads(line)
@@ -39,12 +42,18 @@ def read_record(directory: Path) -> Record | None:
             continue
         trainer, inputs = entry.get("trainer", trainer), entry.get("inputs", inputs)
         written.update(entry.get("written", ()))
-    return Record(trainer, inputs, frozenset(written))
+        facts |= entry.get("facts", {})
+    return Record(trainer, inputs, frozenset(written), facts)
 
 
 def note_start(directory: Path, trainer: str, inputs: Mapping[str, str]) -> None:
     """Begin a record, or go on with one: a run of `trainer` starts on these `inputs`."""
     _append(directory, {"trainer": trainer, "inputs": dict(inputs)})
+
+
+def note_facts(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Note what a reader of the run wants to know; a later value takes an earlier one's place."""
+    _append(directory, {"facts": dict(facts)})
 
 
 def note_written(directory: Path, names: Iterable[str]) -> None:

@@ -38,6 +38,7 @@ class Tracker:
         enabled: False in all processes but the main one: then nothing is shown or written.
         start_step: the step a resumed run goes on from; later lines of metrics.jsonl are dropped.
         config: hyperparameters for the trackers of `report_to`.
+        subtitle: where the run is and what it trains, beside the description.
 
     Raises:
         UserError: an unknown name in `report_to`, or one whose package is missing.
@@ -55,13 +56,16 @@ class Tracker:
         start_step: int = 0,
         config: Mapping[str, Any] | None = None,
         console: Console | None = None,
+        subtitle: str = "",
     ):
         self._path = Path(output_dir) / METRICS_FILE
         self._names = check_report_to(report_to)
         self._enabled = enabled
         self._start_step = start_step
         self._config = dict(config or {})
-        self._display = Display(console, total_steps, description, tuple(columns), start_step)
+        self._display = Display(
+            console, total_steps, description, tuple(columns), start_step, subtitle
+        )
         self._file: Any = None
         self._reporters: list[Any] = []
         self._warnings = Warnings()
@@ -119,6 +123,11 @@ class Tracker:
             append_samples(self._path.parent, step, split, samples)
             self._display.show_samples(step, samples)
 
+    def phase(self, name: str) -> None:
+        """Name what the run does now; shown on a terminal."""
+        if self._enabled:
+            self._display.show_phase(name)
+
     def message(self, text: str) -> None:
         """Show one line above the progress display."""
         if self._enabled:
@@ -131,11 +140,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises UserError with the line number where another line is not JSON.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # not splitlines: text may hold characters that end a line elsewhere, as U+2028
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"cannot read metrics {path}: {error.strerror}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines if lines != [""] else [], start=1):
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -201,6 +201,7 @@ def _update(
     """One step of the policy within its trust region; its metrics."""
     config = run.config
     run.step = step
+    run.phase("updating")
     everything = torch.arange(len(experience), device=experience.mask.device)
     batches = _parts(run, experience, everything)
     some = _parts(run, experience, _fisher_rows(run, everything, seed))

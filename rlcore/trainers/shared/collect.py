@@ -119,6 +119,7 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
     """
     config, accelerator = run.config, run.accelerator
     share, rank = config.prompts_per_process, accelerator.process_index
+    run.phase("sampling")
     mine = {name: values[rank * share : (rank + 1) * share] for name, values in chosen.items()}
     rollout = _generated(
         run,
@@ -130,6 +131,7 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
         seed=mix_seed(seed, rank),
     )
     stop_together(run, run.step + 1, BROKEN if rollout is None else None)
+    run.phase("judging")
     rewards = judge(repeated(mine, config.num_generations), rollout)
     everyone = _gathered(accelerator, rollout, rewards)
     metrics = _metrics(everyone, judge, config.num_generations)

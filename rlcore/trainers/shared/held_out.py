@@ -55,6 +55,7 @@ class HeldOut:
         self._clock.skip()
 
     def _take(self, step: int) -> None:
+        self._run.phase("evaluating")
         measured = self._measure()
         self._log.write(step, measured)
         metric = self._metric(measured)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,13 +27,17 @@ from rlcore.models.loading import no_progress_bars
 from rlcore.runs import checkpoint, output_dir
 from rlcore.runs.atomic import remove_leftovers
 from rlcore.runs.config import save_config
+from rlcore.runs.facts import facts_of, in_words
+from rlcore.runs.reading import read_run
+from rlcore.runs.report.card import write_card
+from rlcore.runs.report.page import write_page
 from rlcore.runs.resuming import (
     START_OPTIONS,
     check_same_inputs,
     check_same_options,
     fingerprints_of,
 )
-from rlcore.runs.run_record import note_start
+from rlcore.runs.run_record import note_facts, note_start, note_written
 from rlcore.runs.samples import Sample
 from rlcore.runs.tracking import Tracker
 from rlcore.trainers.options.base import TrainConfig
@@ -86,8 +90,16 @@ class Run:
     coefficients: dict[str, float] = field(default_factory=dict)  # those that the run adapts
     samples: dict[str, list[Sample]] = field(default_factory=dict)  # by split, to be shown next
     best: Best = field(default_factory=Best)
+    facts: dict[str, Any] = field(default_factory=dict)  # what a reader of the run wants to know
+    tracker: Any | None = None
     step: int = 0  # the last step that was begun
     prefix: str = ""  # of its quantities' names in errors
+
+    def phase(self, name: str) -> None:
+        """Say on the screen what begins now."""
+        # a caller's own tracker may only log
+        if hasattr(self.tracker, "phase"):
+            self.tracker.phase(name)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps that are left; they may come to an early end."""
@@ -173,6 +185,7 @@ def start_run(
     if end_note := missing_end(tokenizer):
         run.notes.append(end_note)
     run.notes += notes
+    run.facts = facts_of(model, len(data) if isinstance(data, Sized) else None)
     _on_main(accelerator, lambda: _compare_with_before(run, data))
     run.model, run.optimizer = accelerator.prepare(model, make_optimizer(model, config))
     if beside is not None:
@@ -256,6 +269,7 @@ def tracking(
         run.accelerator.wait_for_everyone()
         _on_main(run.accelerator, lambda: _claim(run, held))
         tracker = tracker or held.enter_context(_own_tracker(run, description, columns))
+        run.tracker = tracker
         for note in run.notes if run.accelerator.is_main_process else ():
             tracker.message(note)
         yield tracker
@@ -273,6 +287,7 @@ def _claim(run: Run, held: contextlib.ExitStack) -> None:
     run.notes += held.enter_context(claim)
     remove_leftovers(directory, output_dir.STAGED)
     note_start(directory, type(config).__name__, run.inputs)
+    note_facts(directory, run.facts | {"notes": run.notes})
     save_config(config, directory / output_dir.CONFIG_FILE, without=START_OPTIONS)
 
 
@@ -286,7 +301,16 @@ def _own_tracker(run: Run, description: str, columns: Iterable[str]) -> Tracker:
         enabled=run.accelerator.is_main_process,
         start_step=run.first_step,
         config=dataclasses.asdict(run.config),
+        subtitle=_subtitle(run),
     )
+
+
+def _subtitle(run: Run) -> str:
+    """Where the run is, what it trains and on how much: runs/grpo  Qwen2 0.34M, 294 rows."""
+    facts = run.facts
+    kind = facts["model"].removesuffix("ForCausalLM").removesuffix("ForSequenceClassification")
+    words = f"{run.config.output_dir}  {kind} {in_words(facts['parameters'])}"
+    return words if facts["rows"] is None else f"{words}, {facts['rows']} rows"
 
 
 @functools.lru_cache(maxsize=2)
@@ -350,6 +374,7 @@ def optimizer_step(
     """
     accelerator = run.accelerator
     run.step = step
+    run.phase("updating")
     rate = set_learning_rate(run, step)
     run.optimizer.zero_grad()
     losses = []
@@ -444,6 +469,22 @@ def whole_weights(run: Run) -> dict[str, torch.Tensor] | None:
     return run.accelerator.get_state_dict(run.model) if run.is_sharded else None
 
 
+def _write_up(run: Run) -> None:
+    """The run for its readers: report.html, and README.md, the model's card."""
+    directory = Path(run.config.output_dir)
+    if not (directory / output_dir.METRICS_FILE).is_file():
+        return  # the caller's own tracker keeps them elsewhere
+    note_written(directory, output_dir.WRITE_UP)
+    card, page = output_dir.WRITE_UP
+    try:
+        finished = read_run(directory)
+        write_card(finished, directory / card)
+        write_page([finished], directory / page)
+    except UserError as error:
+        # the model is there: that is what the run was for
+        run.tracker.message(f"{card} and {page} are not written: {error}")
+
+
 def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None) -> Result:
     """Save the model into output_dir and say how the run ended.
 
@@ -459,6 +500,7 @@ def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None)
     if run.accelerator.is_main_process:
         with no_progress_bars():
             checkpoint.save_model(run.policy, run.tokenizer, run.config.output_dir, weights)
+        _write_up(run)
     output = Path(run.config.output_dir)
     best = output / output_dir.BEST
     return Result(output, run.total_steps, log.last, run.policy, best if best.is_dir() else None)

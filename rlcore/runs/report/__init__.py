@@ -1,0 +1,1 @@
+"""What a run leaves for its readers: report.html, one page without a network, and a model card."""
