@@ -17,8 +17,9 @@ from rlcore.cli import main
 from rlcore.errors import UserError
 from rlcore.runs.reading import read_run
 from rlcore.runs.report import page as page_module
-from rlcore.runs.report.card import card
+from rlcore.runs.report.card import card, write_card
 from rlcore.runs.report.page import write_page
+from rlcore.runs.run_record import is_sealed
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -96,6 +97,19 @@ def test_the_card_has_the_hubs_header_and_the_evaluations(home):
     (line,) = [line for line in text.splitlines() if line.startswith("| reward |")]
     assert line.endswith(f"| {run.best('eval/reward')[0]} |")
     assert "`test_write_up:length`" in text and "5 rows" in text and "Qwen2ForCausalLM" in text
+
+
+def test_a_card_is_ours_until_somebody_changes_it(home, tmp_path):
+    run, path = read_run(home / "one"), tmp_path / "README.md"
+    write_card(run, path)
+    assert is_sealed(path)
+    first = path.read_text("utf-8")
+    write_card(dataclasses.replace(run, trainer="DPOConfig"), path)
+    assert is_sealed(path) and path.read_text("utf-8") != first
+    for changed in (first.replace("5 rows", "6 rows"), first + "mine", "mine"):
+        path.write_text(changed, encoding="utf-8")
+        write_card(run, path)
+        assert not is_sealed(path) and path.read_text("utf-8") == changed
 
 
 def test_the_card_names_the_hubs_models_and_data(home):

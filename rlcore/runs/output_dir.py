@@ -22,12 +22,13 @@ from rlcore.errors import UserError
 from rlcore.runs.atomic import IN_PLACE
 from rlcore.runs.checkpoint import checkpoints, newest_intact
 from rlcore.runs.locking import LOCK_FILE, check_unlocked, locked
-from rlcore.runs.run_record import RECORD_FILE, read_record
+from rlcore.runs.run_record import RECORD_FILE, is_sealed, read_record
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 CONFIG_FILE = "training.yaml"
-WRITE_UP = ("README.md", "report.html")  # for the readers of a finished run
+PAGE = "report.html"  # for the readers of a finished run, like the card
+CARD = "README.md"  # the user's own, unless it is sealed
 BEST = "best"  # the model that did best on what is held out
 REPLACED = ".replaced"
 _HALF_MOVED = ".replaced.partial"  # on its way into REPLACED, or back from there
@@ -224,7 +225,7 @@ def _written(directory: Path) -> list[Path]:
     record = read_record(directory)
     if record is None:
         return []
-    names = _EARLY | record.written
+    names = _EARLY | record.written | ({CARD} if is_sealed(directory / CARD) else set())
     patterns = (_RESULTS, _HALF_WRITTEN)
     found = [
         path

@@ -9,6 +9,7 @@ The record is a hidden file of JSON lines, appended to before the files that it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD_FILE = ".rlcore-run"
+_SEAL = "<!-- as rlcore wrote it: "
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,26 @@ def read_record(directory: Path) -> Record | None:
 def note_start(directory: Path, trainer: str, inputs: Mapping[str, str]) -> None:
     """Begin a record, or go on with one: a run of `trainer` starts on these `inputs`."""
     _append(directory, {"trainer": trainer, "inputs": dict(inputs)})
+
+
+def sealed(text: str) -> str:
+    """The text with a last line by which `is_sealed` knows that nobody has changed it since."""
+    return f"{text}\n{_SEAL}{_digest(text)} -->\n"
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is as a run wrote it, and not the user's."""
+    try:
+        text, seal, digest = path.read_text(encoding="utf-8").rpartition(
+            "\n<!-- as rlcore wrote it: "
+        )
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(seal) and digest == f"{_digest(text)} -->\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def note_facts(directory: Path, facts: Mapping[str, Any]) -> None:

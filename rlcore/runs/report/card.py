@@ -12,6 +12,7 @@ from rlcore.runs.atomic import staged_file
 from rlcore.runs.display import short, trend
 from rlcore.runs.reading import RunFiles, decisive_metric
 from rlcore.runs.report.page import warnings_of
+from rlcore.runs.run_record import is_sealed, sealed
 
 # trainers by their options' class: what they did to the model, and their paper
 METHODS = {
@@ -26,14 +27,16 @@ METHODS = {
 
 
 def write_card(run: RunFiles, path: str | Path) -> Path:
-    """Write the card of a finished run; the file is whole or absent.
+    """Write the card of a finished run; the file is whole or absent. A user's own stays.
 
     Raises:
         UserError: it cannot be written.
     """
-    with staged_file(Path(path)) as staging:
-        staging.write_text(card(run), encoding="utf-8")
-    return Path(path)
+    path = Path(path)
+    if not path.exists() or is_sealed(path):
+        with staged_file(path) as staging:
+            staging.write_text(sealed(card(run)), encoding="utf-8")
+    return path
 
 
 def card(run: RunFiles) -> str:

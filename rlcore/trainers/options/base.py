@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from rlcore.errors import UserError, unknown_name
 from rlcore.models.adapters import ALL_LINEAR, is_adapter, require_peft
+from rlcore.runs.hub import check_hub
 from rlcore.runs.options import default_of
 from rlcore.runs.output_dir import check_apart, check_output_dir
 from rlcore.runs.ranges import (
@@ -85,6 +86,7 @@ class TrainConfig:
     # end after so many evaluations in a row without a better one; None: go on
     early_stopping_patience: Count | None = None
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
+    push_to_hub: str | None = None  # repository on the hub for the finished model, as owner/name
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -98,6 +100,8 @@ def check_train_config(config: TrainConfig) -> None:
     _check_evaluation(config)
     check_schedule(config)
     _check_adapter(config)
+    if config.push_to_hub is not None:
+        check_hub(config.push_to_hub)
     check_apart(config.output_dir, inputs_of(config))
     check_output_dir(config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume)
     if config.resume:

@@ -28,6 +28,7 @@ from rlcore.runs import checkpoint, output_dir
 from rlcore.runs.atomic import remove_leftovers
 from rlcore.runs.config import save_config
 from rlcore.runs.facts import facts_of, in_words
+from rlcore.runs.hub import push
 from rlcore.runs.reading import read_run
 from rlcore.runs.report.card import write_card
 from rlcore.runs.report.page import write_page
@@ -474,15 +475,24 @@ def _write_up(run: Run) -> None:
     directory = Path(run.config.output_dir)
     if not (directory / output_dir.METRICS_FILE).is_file():
         return  # the caller's own tracker keeps them elsewhere
-    note_written(directory, output_dir.WRITE_UP)
-    card, page = output_dir.WRITE_UP
+    note_written(directory, [output_dir.PAGE])
     try:
         finished = read_run(directory)
-        write_card(finished, directory / card)
-        write_page([finished], directory / page)
+        write_card(finished, directory / output_dir.CARD)
+        write_page([finished], directory / output_dir.PAGE)
     except UserError as error:
         # the model is there: that is what the run was for
-        run.tracker.message(f"{card} and {page} are not written: {error}")
+        run.tracker.message(f"no {output_dir.CARD} and {output_dir.PAGE}: {error}")
+
+
+def _push(run: Run) -> None:
+    if run.config.push_to_hub is None:
+        return
+    run.phase("pushing")
+    try:
+        run.tracker.message(f"pushed to {push(run.config.output_dir, run.config.push_to_hub)}")
+    except UserError as error:
+        run.tracker.message(str(error))
 
 
 def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None) -> Result:
@@ -501,6 +511,7 @@ def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None)
         with no_progress_bars():
             checkpoint.save_model(run.policy, run.tokenizer, run.config.output_dir, weights)
         _write_up(run)
+        _push(run)
     output = Path(run.config.output_dir)
     best = output / output_dir.BEST
     return Result(output, run.total_steps, log.last, run.policy, best if best.is_dir() else None)
