@@ -10,9 +10,8 @@ import pytest
 from rich.console import Console
 
 from rlcore.errors import UserError
-from rlcore.runs import tracking
 from rlcore.runs.display import clock, short, trend
-from rlcore.runs.tracking import Tracker, check_report_to, read_metrics
+from rlcore.runs.tracking import Tracker, read_metrics
 
 
 def console(terminal: bool = False) -> Console:
@@ -129,35 +128,6 @@ def test_a_run_that_fails_later_keeps_what_it_logged(tmp_path):
         tracker.log(1, {"reward": 0.5})
         raise UserError("the reward function raised")
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
-
-
-def test_an_unknown_tracker_is_answered_with_the_nearest(tmp_path):
-    with pytest.raises(UserError, match="Did you mean 'wandb'"):
-        Tracker(tmp_path, 1, "run", report_to="wandbb")
-    assert check_report_to("none") == check_report_to([]) == check_report_to(None) == []
-
-
-def test_a_tracker_whose_package_is_missing_is_refused_with_the_way_to_get_it(monkeypatch):
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'rlcore\[tracking\]'"):
-        check_report_to(["tensorboard"])
-
-
-def test_a_reporter_gets_every_step_and_is_closed(tmp_path, monkeypatch):
-    seen = []
-
-    def reporter(output_dir, config):
-        seen.append(config)
-        return tracking._Reporter(
-            lambda values, step: seen.append((step, values)), lambda: seen.append("closed")
-        )
-
-    monkeypatch.setitem(tracking._REPORTERS, "json", reporter)
-    with Tracker(
-        tmp_path, 1, "run", report_to=["json"], config={"beta": 0.1}, console=console()
-    ) as tracker:
-        tracker.log(1, {"reward": 0.5})
-    assert seen == [{"beta": 0.1}, (1, {"reward": 0.5}), "closed"]
 
 
 @pytest.mark.parametrize(

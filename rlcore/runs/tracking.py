@@ -6,19 +6,19 @@ with Tracker(output_dir, total_steps, "GRPO", columns=GRPO_COLUMNS) as tracker:
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rlcore.errors import UserError, unknown_name
+from rlcore.errors import UserError
 from rlcore.runs.display import Display
 from rlcore.runs.output_dir import COMPLETIONS_FILE, METRICS_FILE, discard_empty
+from rlcore.runs.reporting import Reporter, check_report_to
 from rlcore.runs.samples import Sample, append_samples
 from rlcore.runs.warnings import Warnings
 
@@ -34,10 +34,11 @@ class Tracker:
         total_steps: what the progress bar counts to.
         description: the run's name in the display.
         columns: the metrics shown, in order; the first one's course is drawn.
-        report_to: "none", "tensorboard", "wandb", or several of them.
+        report_to: "none", or names of TRACKERS: "tensorboard", "wandb", ...
         enabled: False in all processes but the main one: then nothing is shown or written.
         start_step: the step a resumed run goes on from; later lines of metrics.jsonl are dropped.
         config: hyperparameters for the trackers of `report_to`.
+        run_name, run_id: of the run for those trackers; the same id goes on with the same run.
         subtitle: where the run is and what it trains, beside the description.
 
     Raises:
@@ -56,6 +57,8 @@ class Tracker:
         start_step: int = 0,
         config: Mapping[str, Any] | None = None,
         console: Console | None = None,
+        run_name: str | None = None,
+        run_id: str | None = None,
         subtitle: str = "",
     ):
         self._path = Path(output_dir) / METRICS_FILE
@@ -63,6 +66,8 @@ class Tracker:
         self._enabled = enabled
         self._start_step = start_step
         self._config = dict(config or {})
+        name = run_name or Path(output_dir).resolve().name
+        self._identity = (name, run_id or uuid.uuid4().hex)
         self._display = Display(
             console, total_steps, description, tuple(columns), start_step, subtitle
         )
@@ -77,7 +82,8 @@ class Tracker:
                 _drop_later_lines(path, self._start_step)
             self._file = self._path.open("a", encoding="utf-8")
             self._reporters = [
-                _REPORTERS[name](self._path.parent, self._config) for name in self._names
+                Reporter(name, self._path.parent, *self._identity, self._config)
+                for name in self._names
             ]
             self._display.start()
         return self
@@ -121,6 +127,8 @@ class Tracker:
         """
         if self._enabled and samples:
             append_samples(self._path.parent, step, split, samples)
+            for reporter in self._reporters:
+                reporter.samples(step, split, samples)
             self._display.show_samples(step, samples)
 
     def phase(self, name: str) -> None:
@@ -154,20 +162,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_report_to(report_to: str | Iterable[str] | None) -> list[str]:
-    """The names of `report_to` without "none"; UserError for an unknown or uninstalled one."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
-    names = [name for name in names if name != "none"]
-    for name in names:
-        if name not in _REPORTERS:
-            raise unknown_name("tracker in report_to", name, ["none", *_REPORTERS])
-        if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"report_to={name!r} needs the package {name}: pip install 'rlcore[tracking]'"
-            )
-    return names
-
-
 def _drop_later_lines(path: Path, start_step: int) -> None:
     """Keep the lines up to `start_step`: a resumed run writes the others again."""
     if not path.exists():
@@ -176,32 +170,3 @@ def _drop_later_lines(path: Path, start_step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     partial.replace(path)
-
-
-@dataclass(frozen=True)
-class _Reporter:
-    log: Callable[[dict[str, float], int], None]
-    finish: Callable[[], None]
-
-
-def _tensorboard(output_dir: Path, config: dict[str, Any]) -> _Reporter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(output_dir / "tensorboard"))
-    writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
-
-    def log(values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, global_step=step)
-
-    return _Reporter(log, writer.close)
-
-
-def _wandb(output_dir: Path, config: dict[str, Any]) -> _Reporter:
-    import wandb
-
-    run = wandb.init(dir=str(output_dir), config=config)
-    return _Reporter(lambda values, step: run.log(values, step=step), run.finish)
-
-
-_REPORTERS = {"tensorboard": _tensorboard, "wandb": _wandb}

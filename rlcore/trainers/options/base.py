@@ -21,8 +21,8 @@ from rlcore.runs.ranges import (
     Steps,
     check_ranges,
 )
+from rlcore.runs.reporting import check_report_to
 from rlcore.runs.resuming import check_same_options, inputs_of
-from rlcore.runs.tracking import check_report_to
 from rlcore.trainers.options.schedules import check_schedule
 
 FUSED_HEAD = ("on", "off")
@@ -85,7 +85,9 @@ class TrainConfig:
     keep_best: str = "auto"
     # end after so many evaluations in a row without a better one; None: go on
     early_stopping_patience: Count | None = None
-    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb
+    # tensorboard, wandb, trackio, mlflow, swanlab
+    report_to: list[str] = field(default_factory=list)
+    run_name: str | None = None  # in those trackers; None: the output directory's name
     push_to_hub: str | None = None  # repository on the hub for the finished model, as owner/name
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import signal
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ from rlcore.runs.resuming import (
     check_same_options,
     fingerprints_of,
 )
-from rlcore.runs.run_record import note_facts, note_start, note_written
+from rlcore.runs.run_record import note_facts, note_start, note_written, read_record
 from rlcore.runs.samples import Sample
 from rlcore.runs.tracking import Tracker
 from rlcore.trainers.options.base import TrainConfig
@@ -287,6 +288,8 @@ def _claim(run: Run, held: contextlib.ExitStack) -> None:
     )
     run.notes += held.enter_context(claim)
     remove_leftovers(directory, output_dir.STAGED)
+    before = read_record(directory)
+    run.facts["id"] = (before and before.facts.get("id")) or uuid.uuid4().hex
     note_start(directory, type(config).__name__, run.inputs)
     note_facts(directory, run.facts | {"notes": run.notes})
     save_config(config, directory / output_dir.CONFIG_FILE, without=START_OPTIONS)
@@ -302,6 +305,8 @@ def _own_tracker(run: Run, description: str, columns: Iterable[str]) -> Tracker:
         enabled=run.accelerator.is_main_process,
         start_step=run.first_step,
         config=dataclasses.asdict(run.config),
+        run_name=run.config.run_name,
+        run_id=run.facts.get("id"),
         subtitle=_subtitle(run),
     )
 
