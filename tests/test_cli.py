@@ -126,7 +126,7 @@ def test_an_unknown_yaml_key_names_file_and_nearest(capsys, tmp_path):
         (["train", "dop"], "unknown command 'train dop'"),
         (["--foo"], "unknown command '--foo'"),
         (["sft", "--model", "x"], "Did you mean 'train sft'?"),
-        (["report"], "Did you mean 'bench report'?"),
+        (["static"], "Did you mean 'bench static'?"),
         (["train", "sft"], "required, but not given: --model, --dataset, --output-dir"),
         (["train", "sft", "--config"], "--config needs a YAML file"),
         (["train", "sft", "--config=a", "--config", "b"], "--config is given twice"),

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from rlcore.errors import UserError
@@ -48,7 +49,8 @@ def test_tensorboard_has_the_curves_the_options_and_the_samples(tmp_path):
     (text, *_) = found.Tensors("completions/train/text_summary")
     assert "two" in text.tensor_proto.string_val[0].decode()
     options, *_ = (tmp_path / "run" / "tensorboard").glob("**/hparams.yml")
-    assert "beta: 0.1" in options.read_text() and "['f']" in options.read_text()
+    known = yaml.safe_load(options.read_text())
+    assert known == {"beta": 0.1, "reward": "['f']", "reward_model": "None", "bf16": False}
 
 
 def test_wandb_offline_takes_the_run_its_name_and_its_table(tmp_path, monkeypatch):
