@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 import threading
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 from helpers import grpo as make
@@ -96,6 +98,49 @@ def test_tensors_and_booleans_are_rewards_too():
     assert judged([tensor, returning(True, False)]).total.tolist() == [2.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, bool])
+def test_arrays_are_rewards_too(dtype):
+    assert judged([lambda **_: np.array([1, 0], dtype)]).total.tolist() == [1.0, 0.0]
+
+
+def test_asynchronous_functions_run_side_by_side_and_while_others_do():
+    met = {name: threading.Event() for name in ("first", "second", "plain")}
+
+    def meeting(name):
+        async def reward(prompts, completions, **_):
+            met[name].set()
+            # each waits for all of them: one after another they would never meet
+            await asyncio.wait_for(everyone(), 5)
+            return [1.0] * len(completions)
+
+        return reward
+
+    async def everyone():
+        while not all(event.is_set() for event in met.values()):
+            await asyncio.sleep(0)
+
+    def plain(prompts, completions, **_):
+        met["plain"].set()
+        return [2.0] * len(completions)
+
+    assert judged([meeting("first"), meeting("second"), plain]).total.tolist() == [4.0, 4.0]
+
+
+def test_an_asynchronous_function_keeps_its_event_loop_and_runs_inside_of_another():
+    loops = []
+
+    async def reward(prompts, completions, **_):
+        loops.append(asyncio.get_running_loop())
+        return [0.5] * len(completions)
+
+    async def notebook():
+        return judged([reward])
+
+    assert asyncio.run(notebook()).total.tolist() == [0.5, 0.5]
+    judged([reward])
+    assert loops[0] is loops[1]
+
+
 @pytest.mark.parametrize(
     "function, message",
     [
@@ -108,6 +153,8 @@ def test_tensors_and_booleans_are_rewards_too():
         (lambda prompts, completions: 3.0, "must return a list of 2 numbers, not float"),
         (lambda prompts, completions: 1 / 0, "raised ZeroDivisionError: division by zero"),
         (lambda prompts: [1.0, 2.0], "raised TypeError"),
+        (lambda **_: np.ones((2, 1)), r"returned \[1.0\] for completion 0"),
+        (lambda **_: np.float32(1), "must return a list of 2 numbers, not float"),
     ],
 )
 def test_a_function_that_misbehaves_is_named_with_what_came(function, message):
@@ -127,6 +174,17 @@ def test_rewards_load_by_name_and_by_import_path(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
     monkeypatch.chdir(tmp_path)
     assert load_reward("my_rewards_here:short")([], ["a"]) == [1]
+    assert load_reward("my_rewards_here.short") is load_reward("my_rewards_here:short")
+
+
+def test_a_reward_is_found_in_a_file_with_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_rewards.py").write_text("ONE = 1\n")
+    file = tmp_path / "sub-folder.py"
+    file.write_text(
+        "from neighbour_of_rewards import ONE\ndef f(prompts, completions): return [ONE]\n"
+    )
+    assert load_reward(f"{file}:f")([], ["a"]) == [1]
+    assert load_reward(f"{file}:f") is load_reward(f"{file}:f")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +192,11 @@ def test_rewards_load_by_name_and_by_import_path(tmp_path, monkeypatch):
     [
         ("exact_mach", r"unknown reward 'exact_mach'.*'exact_match'.*package.module:function"),
         ("no_such_module_at_all:f", "cannot import 'no_such_module_at_all': ModuleNotFoundError"),
+        ("no_such_module_at_all.f", "cannot import 'no_such_module_at_all': ModuleNotFoundError"),
+        ("rlcore.sampling.rewards.absent", "has no function 'absent'"),
+        ("no/such/file.py:f", "there is no file 'no/such/file.py'"),
+        ("my/rewards.py", "is a file: name its function too, as my/rewards.py:function"),
+        ("accuracy_reward", "is TRL's: take math_verify, which compares with the column 'answer'"),
         ("rlcore.sampling.rewards:absent", "has no function 'absent'"),
         ("rlcore.sampling.rewards:REGEX_SECONDS", "has no function 'REGEX_SECONDS'"),
     ],
@@ -149,8 +212,9 @@ def test_a_reward_that_cannot_be_found_says_what_is_missing(name, message):
 def test_a_module_that_fails_on_import_says_why(tmp_path, monkeypatch, code, reason):
     (tmp_path / "broken_rewards_here.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=reason):
-        load_reward("broken_rewards_here:f")
+    for name in ("broken_rewards_here:f", "broken_rewards_here.py:f"):
+        with pytest.raises(UserError, match=reason):
+            load_reward(name)
 
 
 def test_exact_match_ignores_spaces_around():
@@ -290,6 +354,14 @@ def by_json(prompts, completions, **columns):
 
 def together(prompts, completions, **columns):
     return [1.0] * (3 - 1 // (len(completions) - 2))
+
+
+async def waits(prompts, completions, **columns):
+    return inverse(prompts, completions)
+
+
+async def leaves(prompts, completions, **columns):
+    raise SystemExit(0)
 """
 
 
@@ -328,6 +400,13 @@ def test_the_line_is_the_users_own_where_a_library_raised(users):
 
 def test_a_reward_that_leaves_the_program_is_an_error_of_it(users):
     assert "raised SystemExit: 0 at" in said(users("exits"), ["a"])
+
+
+def test_an_asynchronous_reward_that_raises_is_told_the_same_way(users):
+    message = said(users("waits"), ["ab", ""], ["p", "q"])
+    assert "ZeroDivisionError" in message and "rewards_that_raise.py:3" in message
+    assert "for completion 1 of 2: prompt='q'" in message
+    assert "raised SystemExit: 0 at" in said(users("leaves"), ["a"])
 
 
 def test_where_no_single_row_raises_the_first_is_shown(users):

@@ -3,14 +3,13 @@
 A reward function is `f(prompts, completions, **columns) -> list[float | None]`: the batch's prompts
 and completions (messages for chat prompts, as in TRL) and the data's other columns, one entry a
 completion; and `completion_ids`, the sampled tokens, where it takes them. None says that it has no
-opinion on a completion.
+opinion on a completion. An array or tensor of N numbers will do, and so will an `async` function.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,12 @@ import torch
 
 from rlcore.errors import UserError, nearest
 from rlcore.sampling.code_reward import code_runs, completion_text
-from rlcore.sampling.user_code import explain, import_function
+from rlcore.sampling.reward_call import LARGEST_REWARD, RewardCall, RewardFunction, reward_name
+from rlcore.sampling.user_code import import_function
 
-RewardFunction = Callable[..., list]
 REGEX_SECONDS = 1.0
 # what a reward function is called with besides the data's columns
 GIVEN = ("prompts", "completions", "completion_ids")
-LARGEST_REWARD = 1e18  # float32 holds the sum of the squares of a batch of them
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,23 @@ REWARDS: dict[str, RewardFunction] = {
     "think_format": think_format,
 }
 
+# what TRL's command line calls its own, and what stands for them here
+_OF_TRL = "where TRL is installed trl.rewards.{} is that function"
+TRL_REWARDS = {
+    "accuracy_reward": f"take math_verify, which compares with the column 'answer'; or "
+    f"{_OF_TRL.format('accuracy_reward')}, which wants the column 'solution'",
+    "reasoning_accuracy_reward": _OF_TRL.format("reasoning_accuracy_reward"),
+    "think_format_reward": f"take think_format; or {_OF_TRL.format('think_format_reward')}",
+    "get_soft_overlong_punishment": "it makes a function from lengths of yours: call it in a "
+    "module, and name what it gives as module:name",
+}
+
 
 def load_reward(name: str) -> RewardFunction:
-    """The built-in reward called `name`, or the function at "package.module:function".
+    """The built-in reward called `name`, or the user's function that it points at.
 
-    Modules of the working directory can be imported.
+    That is "package.module:function", "package.module.function" or "path/to/file.py:function";
+    modules of the working directory can be imported.
 
     Raises:
         UserError: an unknown name (the known ones are listed), a module that cannot be imported, or
@@ -126,18 +136,15 @@ def load_reward(name: str) -> RewardFunction:
     """
     if name in REWARDS:
         return REWARDS[name]
-    if ":" not in name:
+    if ":" not in name and "." not in name:
+        if name in TRL_REWARDS:
+            raise UserError(f"reward {name!r} is TRL's: {TRL_REWARDS[name]}")
         guess = nearest(name, REWARDS)
         raise UserError(
             f"unknown reward {name!r}.{f' Did you mean {guess!r}?' if guess else ''} "
             f"Known: {', '.join(sorted(REWARDS))}, or package.module:function"
         )
     return import_function("reward", name)
-
-
-def reward_name(function: RewardFunction) -> str:
-    """The name that metrics and errors give it: the function's own."""
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def compute_rewards(
@@ -170,12 +177,16 @@ def compute_rewards(
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, completions, strict=True)
     ]
-    scores = []
+    calls = []
     for function in functions:
         given = dict(columns)
         if completion_ids is not None and _takes_tokens(function):
             given["completion_ids"] = completion_ids
-        scores.append(_call(function, list(prompts), shown, given))
+        calls.append(RewardCall(function, list(prompts), shown, given))
+    # all begin before any is waited for: asynchronous ones run while others do
+    for call in calls:
+        call.begin()
+    scores = [call.scores() for call in calls]
     per_function = torch.tensor(scores, dtype=torch.float32).T  # (N, F)
     weighted = per_function * torch.tensor(weights, dtype=torch.float32)
     total = torch.where(per_function.isnan().all(1), torch.nan, weighted.nansum(1))
@@ -224,46 +235,3 @@ def _takes_tokens(function: RewardFunction) -> bool:
     except (TypeError, ValueError):
         return False
     return any(p.name == "completion_ids" or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _call(
-    function: RewardFunction, prompts: list, completions: list, columns: Mapping[str, Sequence]
-) -> list[float]:
-    """The function's N rewards, None as NaN."""
-    name = reward_name(function)
-    try:
-        scores = function(prompts=prompts, completions=completions, **columns)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        # The function is the user's: the error it raised is what they need to see.
-        reason = explain(error, function, prompts, completions, columns)
-        raise UserError(f"reward function {name!r} raised {reason}") from error
-    if isinstance(scores, torch.Tensor):
-        scores = scores.tolist()
-    if not isinstance(scores, list | tuple):
-        raise UserError(
-            f"reward function {name!r} must return a list of {len(completions)} numbers, "
-            f"not {type(scores).__name__}"
-        )
-    if len(scores) != len(completions):
-        raise UserError(
-            f"reward function {name!r} returned {len(scores)} rewards for "
-            f"{len(completions)} completions"
-        )
-    return [_number(score, name, index) for index, score in enumerate(scores)]
-
-
-def _number(score: Any, name: str, index: int) -> float:
-    if score is None:
-        return math.nan
-    try:
-        value = float(score)
-    except (TypeError, ValueError):
-        value = math.nan
-    if isinstance(score, str) or not math.isfinite(value) or abs(value) > LARGEST_REWARD:
-        raise UserError(
-            f"reward function {name!r} returned {score!r} for completion {index}: "
-            f"a reward is a finite number of {LARGEST_REWARD:g} at most, or None"
-        )
-    return value

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 class RewardConfig:
     """Reward."""
 
-    # package.module:function of your own, or arithmetic, code_runs, exact_match, math_verify,
-    # regex_match, think_format
+    # package.module:function or path/to/file.py:function of your own, or arithmetic, code_runs,
+    # exact_match, math_verify, regex_match, think_format
     reward: list[str] = field(default_factory=list)
     code_sandbox: str | None = None  # package.module:function that runs code_runs' programs
     reward_model: str | None = None  # a trained reward model; may stand beside other rewards
