@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import rlcore
-from rlcore.commands.table import COMMANDS, Command
+from rlcore.commands.table import COMMANDS, NOT_YET, OTHER_NAMES, Command
 from rlcore.errors import TrainingDiverged, TrainingStopped, UserError, unknown_name
 from rlcore.runs.config import flag_name, load_config
 from rlcore.runs.options import Option, options
@@ -86,9 +86,11 @@ def _end_of_run(name: str, config: Any, result: Any) -> Iterator[str]:
     best = result.best or result.output_dir
     if result.best is not None:
         yield f"the model that did best on what is held out is in {best}"
-    if getattr(config, "reward", None) and config.eval_dataset:
+    held_out = config.eval_dataset
+    if getattr(config, "reward", None) and held_out:
+        held_out = held_out if isinstance(held_out, str) else " ".join(held_out)
         yield (
-            f"next: rlcore eval {config.model} {best} --dataset {config.eval_dataset} "
+            f"next: rlcore eval {config.model} {best} --dataset {held_out} "
             f"--reward {' '.join(config.reward)} "
             f"--max-completion-length {config.max_completion_length}"
         )
@@ -131,8 +133,12 @@ def _find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     """(the command's name, its flags); the name is None where help is asked for."""
     words = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     for count in range(len(words), 0, -1):
-        if " ".join(words[:count]) in COMMANDS:
-            return " ".join(words[:count]), arguments[count:]
+        name = " ".join(words[:count])
+        if name in NOT_YET:
+            raise UserError(f"`rlcore {name}` does not exist yet: {NOT_YET[name]}")
+        ours, first = OTHER_NAMES.get(name, (name, []))
+        if ours in COMMANDS:
+            return ours, first + arguments[count:]
     name, flags = " ".join(words), arguments[len(words) :]
     members = [command for command in COMMANDS if command.startswith(f"{name} ")]
     if (not name or members) and (not flags or {"-h", "--help"} & set(flags)):

@@ -367,17 +367,16 @@ def test_nested_values_reach_training_text_and_rewards_as_they_are(tmp_path, cha
     assert sorted(map(repr, seen)) == sorted(map(repr, calls * 2))
 
 
-def test_held_out_rows_that_are_the_training_rows_are_said_to_be(tmp_path, gpt2):
+@pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig])
+def test_held_out_rows_that_are_the_training_rows_are_refused(tmp_path, gpt2, cls):
     rows = demonstrations((1, 1), (2, 2))
     copy_of_them = write(tmp_path, rows, "copy.jsonl")
     others = write(tmp_path, demonstrations((1, 1), (2, 3)), "others.jsonl")
-    (message,) = run(SFTConfig, tmp_path, gpt2, rows, eval_dataset=copy_of_them)
-    assert message.startswith("the held-out rows are the training rows")
+    with pytest.raises(UserError, match=r"copy\.jsonl holds the rows of dataset .*rows\.jsonl"):
+        run(cls, tmp_path, gpt2, rows, eval_dataset=copy_of_them)
+    assert not (tmp_path / "run").exists()
     options = {"eval_dataset": others, "output_dir": f"{tmp_path}/again"}
-    assert run(SFTConfig, tmp_path, gpt2, rows, **options) == []
-    options = {"eval_dataset": f"{tmp_path}/rows.jsonl", "output_dir": f"{tmp_path}/grpo"}
-    (message,) = run(GRPOConfig, tmp_path, gpt2, rows, **options)
-    assert message.startswith("the held-out rows are the training rows")
+    assert run(cls, tmp_path, gpt2, rows, **options) == []
 
 
 def test_one_directory_for_both_gives_both_splits_and_says_which(tmp_path, gpt2):

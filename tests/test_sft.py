@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import save_tiny, tiny_tokenizer
+from helpers.tiny import in_another_order, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rlcore.demo.arithmetic import make_problem, triples
@@ -134,7 +134,9 @@ def test_micro_batches_hold_rows_of_like_length(config, monkeypatch):
 
 
 def test_it_learns_and_leaves_a_model_that_transformers_loads(config):
-    result = train_sft(dataclasses.replace(config, max_steps=30, eval_dataset=config.dataset))
+    result = train_sft(
+        dataclasses.replace(config, max_steps=30, eval_dataset=in_another_order(config.dataset))
+    )
     lines = read_metrics(result.output_dir / "metrics.jsonl")
     start, *trained, held_out = lines
     assert [line["step"] for line in lines] == [*range(31), 30]
@@ -152,7 +154,7 @@ def test_an_evaluation_is_the_loss_of_the_model_as_it_is(config):
     quick = dataclasses.replace(
         config, max_steps=1, per_device_train_batch_size=12, learning_rate=1e-12
     )
-    result = train_sft(dataclasses.replace(quick, eval_dataset=config.dataset))
+    result = train_sft(dataclasses.replace(quick, eval_dataset=in_another_order(config.dataset)))
     assert result.metrics["eval/loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
 
 
@@ -334,7 +336,11 @@ def test_metrics_are_averaged_over_the_steps_between_two_lines(config):
 def test_an_evaluation_is_a_line_of_its_own_with_the_value_at_its_step(config, monkeypatch):
     measured = iter([5.0, 4.0, 3.0, 2.0])
     monkeypatch.setattr(sft, "_evaluate", lambda run, examples: next(measured))
-    evaluated = {"eval_dataset": config.dataset, "eval_steps": 2, "logging_steps": 3}
+    evaluated = {
+        "eval_dataset": in_another_order(config.dataset),
+        "eval_steps": 2,
+        "logging_steps": 3,
+    }
     result = train_sft(dataclasses.replace(config, max_steps=5, **evaluated))
     lines = read_metrics(result.output_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 3, 4, 5, 5]

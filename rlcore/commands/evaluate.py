@@ -45,7 +45,8 @@ class EvalConfig(RewardConfig):
 
     model: list[str]  # directories or hub names: models, checkpoints, adapters
     # held-out prompts, like a trainer's eval_dataset; of several splits the held-out one
-    dataset: str
+    dataset: str | list[str]
+    prompt_column: str = "prompt"  # what the column of the prompts is called in the data
     num_samples: Natural = 0  # k: sampled answers a prompt, for mean@k and pass@k; 0: greedy alone
     pass_at: list[Count] = field(default_factory=list)  # the k of pass@k; none: num_samples
     pass_reward: float = 1.0  # an answer passes where its reward is at least this

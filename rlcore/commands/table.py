@@ -139,3 +139,10 @@ COMMANDS = {
         "what hardware serves here, known-bad versions, and a check of every kernel in seconds",
     ),
 }
+
+# other names of commands: (ours, the flags that come first)
+OTHER_NAMES = {
+    "train rloo": ("train pg", ["--baseline", "leave_one_out", "--num-generations", "2"]),
+    "train reward": ("train reward_model", []),
+}
+NOT_YET = {"train kto": "use `train dpo` on pairs, or rl.kto_loss in a loop of your own"}

@@ -8,26 +8,29 @@ text or chat messages.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlcore.data.readers import OPENERS, READERS, file_type, read_file
-from rlcore.data.rows import Rows
+from rlcore.data.rows import Rows, joined
 from rlcore.errors import UserError
 
+_DATASET = re.compile(r"([^:]+):([^/:]*)(?:/([^/]+))?")  # NAME:CONFIG/SPLIT
 SFT_COLUMNS = (("prompt", "completion"), ("text",), ("messages",))
 # without a prompt of their own, what chosen and rejected begin with alike is the prompt
 PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 
 def load_rows(
-    path_or_name: str,
+    path_or_name: str | Sequence[str],
     required: Sequence[str] | Sequence[Sequence[str]] = ("prompt",),
     *,
     held_out: bool = False,
+    prompt_column: str = "prompt",
 ) -> Rows:
-    """The rows of a file, or of a split of a directory or hub dataset.
+    """The rows of a file, or of a split of a directory or hub dataset; of several, one by one.
 
     Of a .jsonl, .ndjson, .json or .csv file, compressed (.gz, .bz2, .xz) or not, the values come as
     they stand there; a .parquet or .arrow file knows one type for a column.
@@ -35,14 +38,22 @@ def load_rows(
     Args:
         required: the columns that every row must have; or several such groups, of which the first
             row says which one the data keeps to.
+        path_or_name: NAME:CONFIG/SPLIT names a dataset's configuration and split; either may be
+            left out.
         held_out: of several splits take "validation" or "test" instead of "train".
+        prompt_column: what the column "prompt" is called in the data.
 
     Raises:
         UserError: no such data, a malformed line, a row without a required column, a prompt that
             is neither text nor messages; file and line (or row) are named.
     """
     groups = (tuple(required),) if isinstance(required[0], str) else tuple(map(tuple, required))
-    rows = _read(path_or_name, set(itertools.chain(*groups)), held_out)
+    names = [path_or_name] if isinstance(path_or_name, str) else list(path_or_name)
+    text = {prompt_column if name == "prompt" else name for name in itertools.chain(*groups)}
+    pieces = [_read(name, text, held_out) for name in names]
+    rows = pieces[0] if len(pieces) == 1 else joined(pieces)
+    if prompt_column != "prompt":
+        rows = rows.renamed(prompt_column, "prompt")
     if not len(rows):
         raise UserError(f"{path_or_name}: the file has no rows")
     rows.group = _check(rows, groups)
@@ -62,7 +73,9 @@ def _read(path_or_name: str, text: Collection[str], held_out: bool) -> Rows:
                 f"cannot load the dataset {path_or_name!r}: a file's name must end in one of "
                 f"{known}, the first {len(READERS)} also with {', '.join(OPENERS)} behind"
             )
-        return read_split(path_or_name, held_out=held_out, text=text)
+        found = None if path.exists() else _DATASET.fullmatch(path_or_name)
+        name, config, split = found.groups() if found else (path_or_name, None, None)
+        return read_split(name, held_out=held_out, text=text, config=config or None, split=split)
     if not path.is_file():
         raise UserError(f"cannot load the dataset {path_or_name!r}: no data file at {str(path)!r}")
     return read_file(path, text=text) if is_ours else read_table(path_or_name)

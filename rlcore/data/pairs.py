@@ -29,7 +29,7 @@ class Pair:
 
 def load_pairs(
     tokenizer: Any,
-    path_or_name: str,
+    path_or_name: str | Sequence[str],
     max_length: int | None,
     *,
     held_out: bool = False,

@@ -73,6 +73,14 @@ class Rows:
         """The same rows with these columns alone."""
         return Rows(self._rows, self._parts, names)
 
+    def renamed(self, old: str, new: str) -> Rows:
+        """The same rows with a column called otherwise, in place of one that has its new name."""
+        names = dict.fromkeys(new if name == old else name for name in self.column_names)
+        rows = Rows(_Renamed(self._rows, old, new), self._parts, names)
+        rows.notes = self.notes
+        rows.null_fields = tuple(new if name == old else name for name in self.null_fields)
+        return rows
+
     def where(self, index: int) -> str:
         """The place of a row, for messages: "rows.jsonl, line 7"."""
         for part in self._parts:
@@ -85,10 +93,32 @@ class Rows:
         return {name: value for name, value in row.items() if name in self._names}
 
 
+class _Renamed(Sequence):
+    """Rows with one column called otherwise."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], old: str, new: str):
+        self._rows, self._old, self._new = rows, old, new
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        if self._old not in row:
+            return {name: value for name, value in row.items() if name != self._new}
+        renamed = {name: value for name, value in row.items() if name not in (self._old, self._new)}
+        return {self._new: row[self._old], **renamed}
+
+
 def joined(pieces: Sequence[Rows]) -> Rows:
     """The rows of all pieces, one after another."""
-    rows = [row for piece in pieces for row in piece._rows]
-    return Rows(rows, [part for piece in pieces for part in piece._parts])
+    rows = Rows(
+        [row for piece in pieces for row in piece._rows],
+        [part for piece in pieces for part in piece._parts],
+    )
+    rows.notes = tuple(note for piece in pieces for note in piece.notes)
+    rows.null_fields = tuple(dict.fromkeys(n for piece in pieces for n in piece.null_fields))
+    return rows
 
 
 def _all_names(rows: Iterable[Mapping[str, Any]]) -> dict[str, None]:

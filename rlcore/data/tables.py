@@ -37,12 +37,21 @@ def read_table(path: str) -> Rows:
         return _rows(load_dataset(TABLES[file_type(path)], data_files=path, split="train"), path)
 
 
-def read_split(name: str, *, held_out: bool, text: Collection[str]) -> Rows:
+def read_split(
+    name: str,
+    *,
+    held_out: bool,
+    text: Collection[str],
+    config: str | None = None,
+    split: str | None = None,
+) -> Rows:
     """The rows of a directory's or hub dataset's split; text files in it are read by `read_file`.
 
     Args:
         held_out: take "validation" or "test" where there is one, and not "train".
         text: see `read_file`.
+        config: the dataset's configuration of that name.
+        split: that split, whatever `held_out` says; also a part of it, as "train[:10%]".
 
     Raises:
         UserError: there is no such dataset, it cannot be read, or which split to take is not clear.
@@ -50,17 +59,22 @@ def read_split(name: str, *, held_out: bool, text: Collection[str]) -> Rows:
     from datasets import DownloadManager, load_dataset, load_dataset_builder
 
     with _explained(name):
-        builder = load_dataset_builder(name)
+        builder = load_dataset_builder(name, config)
         splits = builder.config.data_files or builder.info.splits or {}
         splits = {str(split): files for split, files in splits.items()}
-        split = _choose(name, list(splits), held_out)
-        files = list(splits[split]) if builder.config.data_files else []
-        if _has_defaults(builder.config) and {file_type(file) for file in files} <= READERS.keys():
+        split = split or _choose(name, list(splits), held_out)
+        if split.partition("[")[0] not in splits:
+            known = ", ".join(splits) or "none"
+            raise UserError(f"the dataset {name!r} has the splits {known}, and not {split!r}")
+        # a part of a split is for the library to cut
+        files = list(splits.get(split, [])) if builder.config.data_files else []
+        are_text = {file_type(file) for file in files} <= READERS.keys()
+        if files and are_text and _has_defaults(builder.config):
             shown = [f"{name.rstrip('/')}/{Path(file).name}" for file in files]
             local = DownloadManager().download(files)
             rows = joined([read_file(*file, text) for file in zip(local, shown, strict=True)])
         else:
-            rows = _rows(load_dataset(name, split=split), f"{name} ({split})")
+            rows = _rows(load_dataset(name, config, split=split), f"{name} ({split})")
     rows.notes = (f"{name}: the {len(rows)} rows of its split {split!r}",)
     return rows
 

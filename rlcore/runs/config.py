@@ -18,6 +18,7 @@ import tyro
 import yaml
 
 from rlcore.errors import UserError, nearest
+from rlcore.runs.aliases import ALIASES, ANSWERS
 from rlcore.runs.options import default_of, init_fields, type_name
 
 Config = TypeVar("Config")
@@ -78,6 +79,7 @@ def _parse_flags(cls: type, flags: Sequence[str]) -> dict[str, Any]:
         negated = name.removeprefix("no_")
         if name not in hints and hints.get(negated) is bool and not words:
             name, words = negated, ["False"]
+        name = _known_name(cls, name)
         if name not in init_fields(cls):
             raise UserError(f"unknown flag {flag}{_guess(name, init_fields(cls), flag_name)}")
         if hints[name] is bool and not words:
@@ -135,7 +137,7 @@ def _typed_values(cls: type, values: Mapping[Any, Any], source: str) -> dict[str
     known = init_fields(cls)
     typed: dict[str, Any] = {}
     for key, value in values.items():
-        name = str(key).replace("-", "_")
+        name = _known_name(cls, str(key).replace("-", "_"))
         if name not in known:
             raise UserError(f"{source}: unknown key {str(key)!r}{_guess(name, known, repr)}")
         if name in typed:
@@ -144,7 +146,15 @@ def _typed_values(cls: type, values: Mapping[Any, Any], source: str) -> dict[str
     return typed
 
 
+def _known_name(cls: type, name: str) -> str:
+    """Our name of an option that is called otherwise elsewhere; any other name as it is."""
+    known = init_fields(cls)
+    return ALIASES[name] if name not in known and ALIASES.get(name) in known else name
+
+
 def _guess(name: str, known: Mapping[str, Any], show: typing.Callable[[str], str]) -> str:
+    if name in ANSWERS:
+        return f": {ANSWERS[name]}"
     guess = nearest(name, known)
     return f"; did you mean {show(guess)}?" if guess else " (--help lists them all)"
 

@@ -29,8 +29,13 @@ _NOT_COMPARED = (*START_OPTIONS, "output_dir")
 
 def inputs_of(config: Any) -> dict[str, str]:
     """{option: path or name} of the models and data that the run reads, adapters' models too."""
-    given = {name: getattr(config, name, None) for name in INPUTS}
-    given = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, str] = {}
+    for name in INPUTS:
+        value = getattr(config, name, None)
+        if isinstance(value, list | tuple):
+            given |= {f"{name} {number}": each for number, each in enumerate(value, start=1)}
+        elif value is not None:
+            given[name] = value
     bases = {
         f"{name}'s own model": base_of_adapter(given[name])
         for name in MODELS
@@ -110,7 +115,7 @@ def _moved(config: Any) -> set[str]:
 
 def _is_same(before: Any, config: Any, name: str) -> bool:
     old, new = getattr(before, name), getattr(config, name)
-    if old == new or name not in INPUTS or None in (old, new):
+    if old == new or name not in INPUTS or not (isinstance(old, str) and isinstance(new, str)):
         return old == new
     return Path(old).exists() and Path(new).exists() and Path(old).samefile(new)
 

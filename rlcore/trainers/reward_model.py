@@ -111,7 +111,11 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
 
 
 def load_ended_pairs(
-    tokenizer: Any, path_or_name: str, max_length: int | None, *, held_out: bool = False
+    tokenizer: Any,
+    path_or_name: str | Sequence[str],
+    max_length: int | None,
+    *,
+    held_out: bool = False,
 ) -> Loaded:
     """The pairs whose answers both fit, each answer up to its end as a policy would sample it.
 

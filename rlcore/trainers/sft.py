@@ -96,7 +96,7 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
 
 
 def _load_examples(
-    tokenizer: Any, max_length: int | None, path_or_name: str, held_out: bool
+    tokenizer: Any, max_length: int | None, path_or_name: str | Sequence[str], held_out: bool
 ) -> Loaded:
     rows = load_rows(path_or_name, SFT_COLUMNS, held_out=held_out)
     return encode_examples(tokenizer, rows, max_length)

@@ -36,7 +36,8 @@ class TrainConfig:
 
     model: str  # directory or hub name of the causal language model to start from
     # .jsonl, .json, .csv, .parquet or .arrow file; or a directory or hub name, for its train split
-    dataset: str
+    # or, as NAME:CONFIG/SPLIT, another; of several all rows
+    dataset: str | list[str]
     output_dir: str  # where the model, its checkpoints and metrics.jsonl go
     overwrite_output_dir: bool = False  # replace output_dir's earlier run once this has finished
     resume: bool = False  # go on from output_dir's last complete checkpoint
@@ -78,7 +79,8 @@ class TrainConfig:
     save_steps: Natural | None = None  # steps between checkpoints; None: a tenth of all; 0: none
     # how many checkpoints stay; None: all where save_steps is given, else 2, so that the disk lasts
     save_total_limit: Count | None = None
-    eval_dataset: str | None = None  # held-out rows, like dataset; of splits the held-out one
+    # held-out rows, like dataset; of splits the held-out one
+    eval_dataset: str | list[str] | None = None
     eval_steps: Natural = 0  # optimizer steps between evaluations; 0: at start and end only
     # the metric whose best model stays in output_dir/best, as eval/reward; auto: the held-out
     # reward, accuracy or loss where eval_steps is set; none: no model

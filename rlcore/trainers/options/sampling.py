@@ -14,6 +14,7 @@ from rlcore.trainers.options.reward import RewardConfig
 class SamplingConfig(RewardConfig, TrainConfig):
     """Sampling."""
 
+    prompt_column: str = "prompt"  # what the column of the prompts is called in the data
     num_generations: Count = 1  # completions a prompt
     max_prompt_length: Count | None = 512  # of longer prompts the last tokens stay; None: all
     max_completion_length: Count = 256  # new tokens at most

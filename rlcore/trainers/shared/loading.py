@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from rlcore.data.encoding import encode_prompts
 from rlcore.data.loaded import Extent, Tally, encoded, measured
 from rlcore.data.loading import load_rows
 from rlcore.data.rows import Rows
+from rlcore.errors import UserError
 from rlcore.models.limits import check_extent
 from rlcore.sampling.rewards import check_columns
 from rlcore.trainers.options.base import TrainConfig
@@ -37,6 +38,11 @@ class Data:
                     check_extent(model, data.extent, tokenizer, self.new_tokens)
 
 
+def said(names: str | Sequence[str]) -> str:
+    """A data set's name, or those of several, for messages."""
+    return names if isinstance(names, str) else " ".join(names)
+
+
 def load_data(config: TrainConfig, load: Callable[..., Any]) -> Data:
     """What `load(path_or_name, held_out=...)` makes of the run's data sets."""
     train = load(config.dataset, held_out=False)
@@ -45,14 +51,17 @@ def load_data(config: TrainConfig, load: Callable[..., Any]) -> Data:
     held_out = load(config.eval_dataset, held_out=True)
     notes = tuple(dict.fromkeys([*train.notes, *held_out.notes]))
     if len(train) == len(held_out) and all(a == b for a, b in zip(train, held_out, strict=True)):
-        notes += ("the held-out rows are the training rows: what eval/ measures was trained on",)
+        raise UserError(
+            f"eval_dataset {said(config.eval_dataset)} holds the rows of dataset "
+            f"{said(config.dataset)}: what it measures would be trained on; hold other rows out"
+        )
     return Data(train, held_out, notes)
 
 
 def load_prompts(config: SamplingConfig, tokenizer: Any, judge: Judge) -> Data:
     """Rows of {"prompt", ...} for the run, as `load_prompt_rows` checks them."""
 
-    def load(path_or_name: str, held_out: bool) -> Rows:
+    def load(path_or_name: str | Sequence[str], held_out: bool) -> Rows:
         return load_prompt_rows(config, tokenizer, judge, path_or_name, held_out)
 
     data = load_data(config, load)
@@ -61,18 +70,19 @@ def load_prompts(config: SamplingConfig, tokenizer: Any, judge: Judge) -> Data:
 
 
 def load_prompt_rows(
-    config: Any, tokenizer: Any, judge: Judge, path_or_name: str, held_out: bool
+    config: Any, tokenizer: Any, judge: Judge, path_or_name: str | Sequence[str], held_out: bool
 ) -> Rows:
     """Rows of {"prompt", ...}, every prompt of which was encoded once.
 
     Args:
-        config: has `reward`, `max_prompt_length` and `max_completion_length`.
+        config: has `reward`, `prompt_column`, `max_prompt_length` and `max_completion_length`.
 
     Raises:
         UserError: data, columns or a prompt that do not work; the row is named.
     """
-    rows = load_rows(path_or_name, held_out=held_out)
-    check_columns(judge.functions, rows.column_names, path_or_name)
+    rows = load_rows(path_or_name, held_out=held_out, prompt_column=config.prompt_column)
+    source = said(path_or_name)
+    check_columns(judge.functions, rows.column_names, source)
     prompts = rows.select_columns(["prompt"])
     rows.extent, cuts = _measured_prompts(prompts, tokenizer, config.max_prompt_length)
     if judge.reward_models:
@@ -80,10 +90,10 @@ def load_prompt_rows(
         whole, _ = _measured_prompts(prompts, tokenizer, None)
         for each in judge.reward_models:
             check_extent(each.model, whole, tokenizer, config.max_completion_length)
-    rows.notes += cuts + _null_fields_note(rows, path_or_name)
+    rows.notes += cuts + _null_fields_note(rows, source)
     if "code_runs" in config.reward and "tests" not in rows.column_names:
         rows.notes += (
-            f"{path_or_name} has no column 'tests': code_runs rewards every program that runs",
+            f"{source} has no column 'tests': code_runs rewards every program that runs",
         )
     return rows
 

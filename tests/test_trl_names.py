@@ -1,0 +1,175 @@
+"""Names that people bring from TRL: of options, commands, rewards and splits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.tiny import save_tiny
+
+from rlcore.cli import main
+from rlcore.data.loading import load_rows
+from rlcore.errors import UserError
+from rlcore.runs.aliases import ALIASES, ANSWERS
+from rlcore.runs.config import load_config
+from rlcore.runs.options import init_fields
+from rlcore.runs.tracking import read_metrics
+from rlcore.sampling.rewards import load_reward
+from rlcore.trainers.dpo import DPOConfig
+from rlcore.trainers.grpo import GRPOConfig
+from rlcore.trainers.ppo import PPOConfig
+from rlcore.trainers.sft import SFTConfig
+
+CONFIGS = (SFTConfig, GRPOConfig, PPOConfig, DPOConfig)
+
+
+def test_each_other_name_is_no_name_of_ours_and_leads_to_one():
+    ours = {name for cls in CONFIGS for name in init_fields(cls)}
+    assert not ours & (ALIASES.keys() | ANSWERS.keys()) and set(ALIASES.values()) <= ours
+
+
+def test_flags_and_yaml_take_trls_names(tmp_path):
+    flags = ["--model_name_or_path", "m", "--dataset-name", "d", "--output-dir", "o"]
+    config = load_config(GRPOConfig, None, [*flags, "--reward_funcs", "a.b", "exact_match"])
+    assert (config.model, config.dataset, config.reward) == ("m", "d", ["a.b", "exact_match"])
+    (tmp_path / "c.yaml").write_text("model_name_or_path: m\ndataset_name: [d, e]\noutput_dir: o\n")
+    config = load_config(SFTConfig, tmp_path / "c.yaml")
+    assert (config.model, config.dataset) == ("m", ["d", "e"])
+
+
+def test_one_option_under_two_names_is_given_twice(tmp_path):
+    (tmp_path / "c.yaml").write_text("model_name_or_path: m\nmodel: n\n")
+    with pytest.raises(UserError, match="'model' is given twice"):
+        load_config(SFTConfig, tmp_path / "c.yaml")
+
+
+def test_a_name_is_not_taken_where_ours_has_no_meaning():
+    with pytest.raises(UserError, match="unknown flag --reward-funcs"):
+        load_config(SFTConfig, None, ["--reward-funcs", "a"])
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_what_has_no_counterpart_is_answered(name):
+    with pytest.raises(UserError) as raised:
+        load_config(GRPOConfig, None, [f"--{name}", "x"])
+    assert str(raised.value) == f"unknown flag --{name}: {ANSWERS[name]}"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "model", initializer_range=0.05)
+    lines = [json.dumps({"question": f"{n}+1", "prompt": "no"}) for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "more.jsonl").write_text(json.dumps({"question": "9+1", "why": "more"}))
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "mine.py").write_text(
+        "def length(prompts, completions, **_):\n"
+        "    assert all('+1' in prompt for prompt in prompts)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", ["rewards.mine:length", "rewards.mine.length", "rewards/mine.py:length"]
+)
+def test_a_reward_is_found_by_colon_dot_or_file(home, name):
+    assert load_reward(name)(["1+1"], ["abc"]) == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rewards/other.py:length", "cannot import 'rewards/other.py'"),
+        ("rewards.mine.width", "has no function 'width'"),
+        ("lenght", "Known: "),
+    ],
+)
+def test_a_reward_that_is_not_there_is_named(home, name, said):
+    with pytest.raises(UserError, match=said):
+        load_reward(name)
+
+
+def test_rloo_trains_with_the_leave_one_out_baseline_from_several_files(home):
+    flags = {
+        "model_name_or_path": "model", "output-dir": "run", "num-generations": "4",
+        "reward-funcs": "rewards/mine.py:length", "prompt-column": "question", "max-steps": "1",
+        "per-device-train-batch-size": "4", "max-completion-length": "2",
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    assert main(["train", "rloo", *words, "--dataset", "rows.jsonl", "more.jsonl"]) == 0
+    config = (home / "run" / "training.yaml").read_text()
+    assert "baseline: leave_one_out" in config and "num_generations: 4" in config
+    assert "- rows.jsonl\n- more.jsonl" in config
+    assert len(read_metrics(home / "run" / "metrics.jsonl")) == 1
+    assert main(["train", "rloo", *words, "--dataset", "rows.jsonl", "more.jsonl",
+                 "--resume", "--max-steps", "2"]) == 0  # fmt: skip
+    assert len(read_metrics(home / "run" / "metrics.jsonl")) == 2
+
+
+def test_kto_is_answered(capsys):
+    assert main(["train", "kto", "--model", "x"]) == 2
+    assert "`rlcore train kto` does not exist yet: use `train dpo`" in capsys.readouterr().err
+
+
+def test_another_column_can_be_the_prompt(home):
+    rows = load_rows("rows.jsonl", prompt_column="question")
+    assert rows[0] == {"prompt": "0+1"} and rows[[1, 2]] == {"prompt": ["1+1", "2+1"]}
+    assert rows.where(3) == "rows.jsonl, line 4" and rows.column_names == ["prompt"]
+    with pytest.raises(UserError, match=r"needs the column 'prompt'.*columns found: 'question'"):
+        load_rows("more.jsonl", prompt_column="problem")
+
+
+def test_several_data_sets_are_all_their_rows(home):
+    rows = load_rows(["rows.jsonl", "more.jsonl"], prompt_column="question")
+    assert len(rows) == 5 and rows["why"] == [None] * 4 + ["more"]
+    assert rows.where(4) == "more.jsonl, line 1"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A dataset with two configurations, and splits of other names."""
+    monkeypatch.chdir(tmp_path)
+    for config in ("easy", "hard"):
+        for split, count in (("train", 3), ("extra", 2)):
+            path = tmp_path / "data" / config / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [json.dumps({"prompt": f"{config} {split} {n}"}) for n in range(count)]
+            path.write_text("\n".join(rows))
+    configs = [
+        {
+            "config_name": config,
+            "data_files": [
+                {"split": split, "path": f"{config}/{split}.jsonl"} for split in ("train", "extra")
+            ],
+        }
+        for config in ("easy", "hard")
+    ]
+    header = yaml.safe_dump({"configs": configs})
+    (tmp_path / "data" / "README.md").write_text(f"---\n{header}---\n")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "count"),
+    [
+        ("data:hard", "hard train 0", 3),
+        ("data:easy/extra", "easy extra 0", 2),
+        ("data:hard/train[1:]", "hard train 1", 2),
+    ],
+)
+def test_a_name_can_say_configuration_and_split(folder, name, first, count):
+    rows = load_rows(name)
+    assert len(rows) == count and rows[0]["prompt"] == first
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("data:easy/tset", "has the splits train, extra, and not 'tset'"), ("data:esay", "esay")],
+)
+def test_a_configuration_or_split_that_is_not_there_is_named(folder, name, said):
+    with pytest.raises(UserError, match=said):
+        load_rows(name)
