@@ -67,5 +67,5 @@ def test_a_directory_is_claimed_once_every_process_has_looked_at_it(monkeypatch,
     seen = []
     monkeypatch.setattr(made.accelerator, "wait_for_everyone", lambda: seen.append("waited"))
     monkeypatch.setattr(run, "_claim", lambda *_: seen.append("claimed"))
-    with run.tracking(made, object(), "GRPO", ()):
+    with run.tracking(made, {"tracker": object()}, "GRPO", ()):
         assert seen == ["waited", "claimed"]

@@ -24,7 +24,7 @@ PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 
 def load_rows(
-    path_or_name: str | Sequence[str],
+    path_or_name: Any,
     required: Sequence[str] | Sequence[Sequence[str]] = ("prompt",),
     *,
     held_out: bool = False,
@@ -38,7 +38,8 @@ def load_rows(
     Args:
         required: the columns that every row must have; or several such groups, of which the first
             row says which one the data keeps to.
-        path_or_name: NAME:CONFIG/SPLIT names a dataset's configuration and split; either may be
+        path_or_name: a str or several; or a datasets.Dataset, or a list of rows, dicts, in their
+            place. NAME:CONFIG/SPLIT names a dataset's configuration and split; either may be
             left out.
         held_out: of several splits take "validation" or "test" instead of "train".
         prompt_column: what the column "prompt" is called in the data.
@@ -48,7 +49,10 @@ def load_rows(
             is neither text nor messages; file and line (or row) are named.
     """
     groups = (tuple(required),) if isinstance(required[0], str) else tuple(map(tuple, required))
-    names = [path_or_name] if isinstance(path_or_name, str) else list(path_or_name)
+    are_names = isinstance(path_or_name, list | tuple) and isinstance(
+        next(iter(path_or_name), 0), str
+    )
+    names = list(path_or_name) if are_names else [path_or_name]
     text = {prompt_column if name == "prompt" else name for name in itertools.chain(*groups)}
     pieces = [_read(name, text, held_out) for name in names]
     rows = pieces[0] if len(pieces) == 1 else joined(pieces)
@@ -60,9 +64,11 @@ def load_rows(
     return rows
 
 
-def _read(path_or_name: str, text: Collection[str], held_out: bool) -> Rows:
-    from rlcore.data.tables import TABLES, read_split, read_table
+def _read(path_or_name: Any, text: Collection[str], held_out: bool) -> Rows:
+    from rlcore.data.tables import TABLES, read_dataset, read_split, read_table
 
+    if not isinstance(path_or_name, str):
+        return read_dataset(path_or_name)
     path, kind = Path(path_or_name), file_type(path_or_name)
     is_ours = kind in READERS
     is_table = kind in TABLES and path.suffix.lower() == kind

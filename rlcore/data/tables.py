@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,22 @@ def read_split(
             rows = _rows(load_dataset(name, config, split=split), f"{name} ({split})")
     rows.notes = (f"{name}: the {len(rows)} rows of its split {split!r}",)
     return rows
+
+
+def read_dataset(dataset: Any) -> Rows:
+    """The rows of a datasets.Dataset, or of a list of dicts, that a caller has in the hand.
+
+    Raises:
+        UserError: something else.
+    """
+    from datasets import Dataset
+
+    if isinstance(dataset, Dataset):
+        return _rows(dataset, "dataset")
+    if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
+        return Rows(list(dataset), [Part("dataset", "row", range(1, len(dataset) + 1))])
+    kind = type(dataset).__name__
+    raise UserError(f"dataset must be a name, a datasets.Dataset or a list of rows, not {kind}")
 
 
 def _choose(name: str, splits: Sequence[str], held_out: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from rlcore.functional.finite import first_not_finite
 from rlcore.models.adapters import (
     NEW_HEAD,
     base_of_adapter,
+    has_adapter,
     is_brought,
     load_adapter,
     merge_adapter,
@@ -37,16 +39,25 @@ def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, "tokenizer", name_or_path)
+    return made_ready(tokenizer, name_or_path, eos_token)
+
+
+def made_ready(tokenizer: Any, name: str, eos_token: str | None = None) -> Any:
+    """The tokenizer itself, as `load_tokenizer` gives it; `name` is what messages call it.
+
+    Raises:
+        UserError: it has neither a pad nor an eos token, or not the token asked for.
+    """
     tokenizer.padding_side = "left"
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise UserError(
-                f"eos_token {eos_token!r} is no token of {name_or_path!r}: name one that it has"
+                f"eos_token {eos_token!r} is no token of {name!r}: name one that it has"
             )
         tokenizer.add_special_tokens({"eos_token": eos_token})
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UserError(f"the tokenizer of {name_or_path!r} has neither a pad nor an eos token")
+            raise UserError(f"the tokenizer of {name!r} has neither a pad nor an eos token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -75,14 +86,15 @@ def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> Any:
 
 
 def load_policy(
-    name_or_path: str,
+    name_or_path: Any,
     dtype: torch.dtype | str = torch.float32,
     gradient_checkpointing: bool = False,
     dropout: bool = True,
 ) -> Any:
     """A causal language model to train; `dropout=False` switches its dropout off for good.
 
-    An adapter's directory gives the model it was trained on, with the adapter merged into it.
+    An adapter's directory gives the model it was trained on, with the adapter merged into it; a
+    model that is loaded already is taken as it is.
 
     Raises:
         UserError: nothing loadable there, weights that the checkpoint lacks, a reward model, or a
@@ -90,6 +102,9 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM
 
+    if not isinstance(name_or_path, str):
+        model, name = _taken(name_or_path, "lm_head", "a causal language model"), "model"
+        return _policy(model, name, gradient_checkpointing, dropout)
     model, loaded = _load_model(AutoModelForCausalLM, name_or_path, dtype=dtype)
     if any(_is_new_head(name) for name in loaded.unused):
         raise UserError(
@@ -102,17 +117,38 @@ def load_policy(
             "%s holds %d weights that a %s does not use, %s first",
             name_or_path, len(loaded.unused), type(model).__name__, min(loaded.unused),
         )  # fmt: skip
+    return _policy(model, name_or_path, gradient_checkpointing, dropout)
+
+
+def _policy(model: Any, name: str, gradient_checkpointing: bool, dropout: bool) -> Any:
+    """A causal language model, checked and ready to train."""
     fault = reading_fault(model)
     if fault is not None:
-        raise UserError(f"{name_or_path!r} is no model to train: {fault}")
+        raise UserError(f"{name!r} is no model to train: {fault}")
     model = _to_train(model, gradient_checkpointing, dropout)
     if not dropout:
-        _check_quiet(model, name_or_path)
+        _check_quiet(model, name)
     return model
 
 
+def _taken(model: Any, kind: str, what: str) -> Any:
+    """A model that a caller has loaded, if it can be trained as one that is loaded here."""
+    if has_adapter(model):
+        raise UserError("model has an adapter: give the model beneath it, and peft='lora'")
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
+        raise UserError(f"model must be a name or {what} of transformers, not a {_kind(model)}")
+    if (kind == "lm_head") != (model.get_output_embeddings() is not None):
+        raise UserError(f"model must be {what}, not a {_kind(model)}")
+    _check_finite(model, "model")
+    return model
+
+
+def _kind(model: Any) -> str:
+    return type(model).__name__
+
+
 def load_classifier(
-    name_or_path: str,
+    name_or_path: Any,
     dtype: torch.dtype | str = torch.float32,
     gradient_checkpointing: bool = False,
     dropout: bool = True,
@@ -130,15 +166,14 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
+    if not isinstance(name_or_path, str):
+        model = _taken(name_or_path, "score", "a sequence classifier")
+        _check_score(model, type(model).__name__)
+        return _to_train(model, gradient_checkpointing, dropout)
     model, loaded = _load_model(
         AutoModelForSequenceClassification, name_or_path, dtype=dtype, num_labels=1
     )
-    head = getattr(model, NEW_HEAD, None)
-    if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
-        raise UserError(
-            f"{name_or_path!r} is a {type(model).__name__}, which gives no single score: choose a "
-            "sequence classifier with one label, as `rlcore train reward_model` makes"
-        )
+    head = _check_score(model, name_or_path)
     missing = loaded.missing
     if new_head is not None:
         missing = {name: why for name, why in missing.items() if not _is_new_head(name) or why}
@@ -146,6 +181,17 @@ def load_classifier(
     if new_head == "zero" and len(missing) < len(loaded.missing):
         torch.nn.init.zeros_(head.weight)
     return _to_train(model, gradient_checkpointing, dropout)
+
+
+def _check_score(model: Any, name: str) -> torch.nn.Linear:
+    """The layer that gives the score."""
+    head = getattr(model, NEW_HEAD, None)
+    if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
+        raise UserError(
+            f"{name!r} is a {type(model).__name__}, which gives no single score: choose a "
+            "sequence classifier with one label, as `rlcore train reward_model` makes"
+        )
+    return head
 
 
 @dataclass(frozen=True)
@@ -221,12 +267,14 @@ def _to_train(model: Any, gradient_checkpointing: bool, dropout: bool) -> Any:
     return model.train()
 
 
-def load_reference(name_or_path: str, dtype: torch.dtype | str = torch.float32) -> Any:
-    """A frozen causal language model in evaluation mode.
+def load_reference(name_or_path: Any, dtype: torch.dtype | str = torch.float32) -> Any:
+    """A frozen causal language model in evaluation mode; of one that is loaded already a copy.
 
     Raises:
         UserError: nothing loadable there.
     """
+    if not isinstance(name_or_path, str):
+        return copy.deepcopy(name_or_path).eval().requires_grad_(False)
     return load_policy(name_or_path, dtype, dropout=False).eval().requires_grad_(False)
 
 

@@ -57,12 +57,22 @@ def load_config(
 
 def save_config(config: Any, path: str | Path, *, without: Collection[str] = ()) -> None:
     """Write a config dataclass, but for the fields `without`, as YAML that `load_config` reads."""
-    values = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in without
-    }
+    values = {name: v for name, v in plain_values(config).items() if name not in without}
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+    """{option: value} as YAML knows values; an object in a name's place is told by its class."""
+    values = {name: getattr(config, name) for name in init_fields(type(config))}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, list | tuple) and not any(isinstance(each, Mapping) for each in value):
+        return [_plain(each) for each in value]
+    return f"<{type(value).__name__}>"
 
 
 def flag_name(field: str) -> str:

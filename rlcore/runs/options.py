@@ -10,6 +10,9 @@ import types
 import typing
 from typing import Any
 
+# metadata of a field that a command line must give; None where Python leaves it to an argument
+REQUIRED = {"required": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Option:
@@ -58,6 +61,8 @@ def init_fields(cls: type) -> dict[str, dataclasses.Field]:
 
 def default_of(field: dataclasses.Field) -> Any:
     """A field's default value, dataclasses.MISSING where it is required."""
+    if field.metadata.get("required"):
+        return dataclasses.MISSING
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default

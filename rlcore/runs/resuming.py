@@ -33,8 +33,9 @@ def inputs_of(config: Any) -> dict[str, str]:
     for name in INPUTS:
         value = getattr(config, name, None)
         if isinstance(value, list | tuple):
-            given |= {f"{name} {number}": each for number, each in enumerate(value, start=1)}
-        elif value is not None:
+            parts = enumerate(value, start=1)
+            given |= {f"{name} {number}": each for number, each in parts if isinstance(each, str)}
+        elif isinstance(value, str):
             given[name] = value
     bases = {
         f"{name}'s own model": base_of_adapter(given[name])

@@ -6,7 +6,17 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlcore.trainers.dpo import DPOConfig, train_dpo
+    from rlcore.trainers.grpo import GRPOConfig, train_grpo
+    from rlcore.trainers.pg import PGConfig, train_pg
+    from rlcore.trainers.ppo import PPOConfig, train_ppo
+    from rlcore.trainers.reward_model import RewardModelConfig, train_reward_model
+    from rlcore.trainers.sft import SFTConfig, train_sft
+    from rlcore.trainers.shared.given import Callback
+    from rlcore.trainers.trpo import TRPOConfig, train_trpo
 
 # module: its config and its function
 _TRAINERS = {
@@ -19,8 +29,26 @@ _TRAINERS = {
     "dpo": ("DPOConfig", "train_dpo"),
 }
 _MODULES = {name: module for module, names in _TRAINERS.items() for name in names}
+_MODULES["Callback"] = "shared.given"
 
-__all__ = list(_MODULES)
+# written out for type checkers and editors
+__all__ = [
+    "Callback",
+    "DPOConfig",
+    "GRPOConfig",
+    "PGConfig",
+    "PPOConfig",
+    "RewardModelConfig",
+    "SFTConfig",
+    "TRPOConfig",
+    "train_dpo",
+    "train_grpo",
+    "train_pg",
+    "train_ppo",
+    "train_reward_model",
+    "train_sft",
+    "train_trpo",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,11 +24,12 @@ from rlcore.data.encoding import Batch
 from rlcore.data.pairs import Pair, collate_pairs, load_pairs
 from rlcore.models.forward import evaluating
 from rlcore.models.heads import without_padding
-from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.models.loading import load_policy
 from rlcore.sampling.rewards import RewardFunction
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.dpo import DPOConfig, check_dpo_config
 from rlcore.trainers.shared.collect import Judge, collect, evaluate, make_judge, show_completions
+from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import Data, load_data, load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -81,15 +82,15 @@ class PairData:
 def train_dpo(
     config: DPOConfig,
     *,
-    reward_funcs: Sequence[RewardFunction] | None = None,
-    tracker: Any | None = None,
+    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    **given: Unpack[Given],
 ) -> Result:
     """Train `config.model` to prefer chosen to rejected: rows of {"prompt", "chosen", "rejected"}.
 
     Args:
         reward_funcs: with `online`, functions besides those that `config.reward` names; the rows
             are then {"prompt", ...}.
-        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+        given: model, tokenizer, dataset, eval_dataset, callbacks, tracker: see `Given`.
 
     Returns:
         A Result; the model lies in `config.output_dir`.
@@ -98,10 +99,11 @@ def train_dpo(
         UserError: options or data that do not work. TrainingDiverged: a loss or gradient that is
         not finite.
     """
+    config = with_objects(config, given)
     judge = make_judge(config, reward_funcs)
     check_dpo_config(config, len(judge.functions))
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.eos_token)
+    tokenizer = tokenizer_of(config, given)
     judge.prepare(tokenizer, accelerator.device)
     loaded = _load_data(config, tokenizer, judge)
     data, held_out = loaded.train, loaded.held_out
@@ -121,7 +123,7 @@ def train_dpo(
     if config.padding_free:
         run.head = without_padding(run.head, run.policy)
     reference = as_reference(run, reference)
-    with tracking(run, tracker, "DPO", DISPLAYED) as tracker:
+    with tracking(run, given, "DPO", DISPLAYED) as tracker:
         if config.precompute_ref_log_probs:
             data, held_out = (_with_reference(run, each, reference) for each in (data, held_out))
             reference = None

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
 import rlcore as rl
 from rlcore.functional.advantages import group_advantage
-from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.models.loading import load_policy
 from rlcore.sampling.rewards import RewardFunction
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig, check_grpo_config
 from rlcore.trainers.shared.collect import collect, evaluate, make_judge, note_advantages
 from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -60,14 +60,14 @@ DISPLAYED = ("reward", "kl", "entropy", "tokens_per_second")
 def train_grpo(
     config: GRPOConfig,
     *,
-    reward_funcs: Sequence[RewardFunction] | None = None,
-    tracker: Any | None = None,
+    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    **given: Unpack[Given],
 ) -> Result:
     """Train `config.model` on rows of {"prompt", ...} to please the reward functions.
 
     Args:
-        reward_funcs: functions besides those that `config.reward` names.
-        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+        reward_funcs: functions besides those that `config.reward` names; one, or several.
+        given: model, tokenizer, dataset, eval_dataset, callbacks, tracker: see `Given`.
 
     Returns:
         A Result; the model lies in `config.output_dir`.
@@ -76,10 +76,11 @@ def train_grpo(
         UserError: options, data or reward functions that do not work. TrainingDiverged: a loss or
         gradient that is not finite.
     """
+    config = with_objects(config, given)
     judge = make_judge(config, reward_funcs)
     check_grpo_config(config, len(judge.functions))
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.eos_token)
+    tokenizer = tokenizer_of(config, given)
     judge.prepare(tokenizer, accelerator.device)
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
@@ -94,7 +95,7 @@ def train_grpo(
     steps = total_steps(config, len(rows), prompts / updates)
     run = start_run(config, accelerator, model, tokenizer, steps, data=rows, notes=data.notes)
     reference = as_reference(run, reference)
-    with tracking(run, tracker, "GRPO", DISPLAYED) as tracker:
+    with tracking(run, given, "GRPO", DISPLAYED) as tracker:
         log, clock, step = Log(run, tracker), Clock(), run.first_step
         held = HeldOut(run, log, clock, held_out, lambda: evaluate(run, held_out, judge))
         while step < run.total_steps:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 import rlcore as rl
 from rlcore.functional.advantages import leave_one_out_advantage
-from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.models.loading import load_policy
 from rlcore.sampling.rewards import RewardFunction
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.pg import PGConfig, check_pg_config
@@ -35,6 +34,7 @@ from rlcore.trainers.shared.critic import (
     value_step,
 )
 from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -68,14 +68,14 @@ DISPLAYED = ("reward", "kl", "entropy", "tokens_per_second")
 def train_pg(
     config: PGConfig,
     *,
-    reward_funcs: Sequence[RewardFunction] | None = None,
-    tracker: Any | None = None,
+    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    **given: Unpack[Given],
 ) -> Result:
     """Train `config.model` on rows of {"prompt", ...} to please the reward functions.
 
     Args:
-        reward_funcs: functions besides those that `config.reward` names.
-        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+        reward_funcs: functions besides those that `config.reward` names; one, or several.
+        given: model, tokenizer, dataset, eval_dataset, callbacks, tracker: see `Given`.
 
     Returns:
         A Result; the model lies in `config.output_dir`, a value model below it.
@@ -84,10 +84,11 @@ def train_pg(
         UserError: options, data, models or reward functions that do not work. TrainingDiverged: a
         loss or gradient that is not finite.
     """
+    config = with_objects(config, given)
     judge = make_judge(config, reward_funcs)
     check_pg_config(config, len(judge.functions))
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.eos_token)
+    tokenizer = tokenizer_of(config, given)
     judge.prepare(tokenizer, accelerator.device)
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
@@ -111,7 +112,7 @@ def train_pg(
         notes=data.notes,
     )
     reference = as_reference(run, reference)
-    with tracking(run, tracker, "PG", DISPLAYED) as tracker:
+    with tracking(run, given, "PG", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         held = HeldOut(run, log, clock, held_out, lambda: evaluate(run, held_out, judge))
         for step in run.steps():

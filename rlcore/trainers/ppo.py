@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 import rlcore as rl
 from rlcore.functional.kl_control import ppo_kl_coef, proportional_kl_coef
-from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.models.loading import load_policy
 from rlcore.sampling.rewards import RewardFunction
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.ppo import PPOConfig, check_ppo_config
@@ -31,6 +30,7 @@ from rlcore.trainers.shared.credit import judged_only, objective_metrics, token_
 from rlcore.trainers.shared.critic import Critic, explained_variance, load_critic, predict_values
 from rlcore.trainers.shared.divergence import require_finite
 from rlcore.trainers.shared.experience import Experience
+from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -63,14 +63,14 @@ DISPLAYED = ("reward", "objective/kl", "entropy", "value/explained_variance", "t
 def train_ppo(
     config: PPOConfig,
     *,
-    reward_funcs: Sequence[RewardFunction] | None = None,
-    tracker: Any | None = None,
+    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    **given: Unpack[Given],
 ) -> Result:
     """Train `config.model` on rows of {"prompt", ...} to please the reward functions.
 
     Args:
-        reward_funcs: functions besides those that `config.reward` names.
-        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+        reward_funcs: functions besides those that `config.reward` names; one, or several.
+        given: model, tokenizer, dataset, eval_dataset, callbacks, tracker: see `Given`.
 
     Returns:
         A Result; the model lies in `config.output_dir`, the value model below it.
@@ -79,10 +79,11 @@ def train_ppo(
         UserError: options, data, models or reward functions that do not work. TrainingDiverged: a
         loss or gradient that is not finite.
     """
+    config = with_objects(config, given)
     judge = make_judge(config, reward_funcs)
     check_ppo_config(config, len(judge.functions))
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.eos_token)
+    tokenizer = tokenizer_of(config, given)
     judge.prepare(tokenizer, accelerator.device)
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
@@ -104,7 +105,7 @@ def train_ppo(
         config, accelerator, model, tokenizer, steps, prepare, data=rows, notes=data.notes
     )
     reference = as_reference(run, reference)
-    with tracking(run, tracker, "PPO", DISPLAYED) as tracker:
+    with tracking(run, given, "PPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         held = HeldOut(run, log, clock, held_out, lambda: evaluate(run, held_out, judge))
         for step in run.steps():

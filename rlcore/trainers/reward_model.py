@@ -23,10 +23,11 @@ from rlcore.data.encoding import up_to_end
 from rlcore.data.loaded import Loaded
 from rlcore.data.pairs import Pair, collate_pairs, load_pairs, margins
 from rlcore.models.forward import evaluating
-from rlcore.models.loading import load_classifier, load_tokenizer
+from rlcore.models.loading import load_classifier
 from rlcore.models.reward_model import sequence_scores
 from rlcore.runs.ranges import Count, Length, NotNegative, Positive
 from rlcore.trainers.options.base import TrainConfig, check_train_config
+from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_data
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -62,11 +63,11 @@ class RewardModelConfig(TrainConfig):
     center_rewards_coefficient: NotNegative = 0.0
 
 
-def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None) -> Result:
+def train_reward_model(config: RewardModelConfig, **given: Unpack[Given]) -> Result:
     """Train a score on top of `config.model`: rows of {"prompt", "chosen", "rejected"}.
 
     Args:
-        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+        given: model, tokenizer, dataset, eval_dataset, callbacks, tracker: see `Given`.
 
     Returns:
         A Result; a sequence classifier with one label lies in `config.output_dir`.
@@ -75,9 +76,10 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
         UserError: options or data that do not work. TrainingDiverged: a loss or gradient that is
         not finite.
     """
+    config = with_objects(config, given)
     check_train_config(config)
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.eos_token)
+    tokenizer = tokenizer_of(config, given)
     data = load_data(config, partial(load_ended_pairs, tokenizer, max_length=config.max_length))
     pairs, held_out = data.train, data.held_out
     model = load_classifier(
@@ -92,7 +94,7 @@ def train_reward_model(config: RewardModelConfig, *, tracker: Any | None = None)
     rows = local_rows * accelerator.num_processes
     steps = total_steps(config, len(pairs), rows)
     run = start_run(config, accelerator, model, tokenizer, steps, data=pairs, notes=data.notes)
-    with tracking(run, tracker, "reward model", DISPLAYED) as tracker:
+    with tracking(run, given, "reward model", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         held = HeldOut(run, log, clock, held_out, lambda: _evaluate(run, held_out))
         for step in run.steps():

@@ -20,10 +20,11 @@ from rlcore.data.encoding import Batch, Example, collate, encode_examples
 from rlcore.data.loaded import Loaded
 from rlcore.data.loading import SFT_COLUMNS, load_rows
 from rlcore.models.forward import evaluating
-from rlcore.models.loading import load_policy, load_tokenizer
+from rlcore.models.loading import load_policy
 from rlcore.runs.ranges import Length, Natural, Positive
 from rlcore.trainers.options.base import TrainConfig, check_train_config
 from rlcore.trainers.shared.collect import show_completions
+from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_data
 from rlcore.trainers.shared.metrics import Clock, Log
@@ -55,11 +56,11 @@ class SFTConfig(TrainConfig):
     log_completions: Natural = 3
 
 
-def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
+def train_sft(config: SFTConfig, **given: Unpack[Given]) -> Result:
     """Fine-tune `config.model` on rows of {"prompt", "completion"}, {"text"} or {"messages"}.
 
     Args:
-        tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+        given: model, tokenizer, dataset, eval_dataset, callbacks, tracker: see `Given`.
 
     Returns:
         A Result; the model lies in `config.output_dir`.
@@ -67,9 +68,10 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
     Raises:
         UserError: options or data that do not work. TrainingDiverged: a loss that is not finite.
     """
+    config = with_objects(config, given)
     check_train_config(config)
     accelerator = make_accelerator(config)
-    tokenizer = load_tokenizer(config.model, config.eos_token)
+    tokenizer = tokenizer_of(config, given)
     data = load_data(config, partial(_load_examples, tokenizer, config.max_length))
     examples, held_out = data.train, data.held_out
     model = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing)
@@ -78,7 +80,7 @@ def train_sft(config: SFTConfig, *, tracker: Any | None = None) -> Result:
     rows = local_rows * accelerator.num_processes
     steps = total_steps(config, len(examples), rows)
     run = start_run(config, accelerator, model, tokenizer, steps, data=examples, notes=data.notes)
-    with tracking(run, tracker, "SFT", DISPLAYED) as tracker:
+    with tracking(run, given, "SFT", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         held = HeldOut(run, log, clock, held_out, lambda: {"eval/loss": _evaluate(run, held_out)})
         for step in run.steps():

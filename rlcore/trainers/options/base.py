@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 
 from rlcore.errors import UserError, unknown_name
 from rlcore.models.adapters import ALL_LINEAR, is_adapter, require_peft
+from rlcore.runs.aliases import ALIASES, ANSWERS
 from rlcore.runs.hub import check_hub
-from rlcore.runs.options import default_of
+from rlcore.runs.options import REQUIRED, default_of, init_fields
 from rlcore.runs.output_dir import check_apart, check_output_dir
 from rlcore.runs.ranges import (
     BelowOne,
@@ -34,11 +35,13 @@ KEEP_BEST = ("auto", "none")
 class TrainConfig:
     """Options of every trainer."""
 
-    model: str  # directory or hub name of the causal language model to start from
+    # directory or hub name of the causal language model to start from
+    model: str = field(default=None, metadata=REQUIRED)
     # .jsonl, .json, .csv, .parquet or .arrow file; or a directory or hub name, for its train split
     # or, as NAME:CONFIG/SPLIT, another; of several all rows
-    dataset: str | list[str]
-    output_dir: str  # where the model, its checkpoints and metrics.jsonl go
+    dataset: str | list[str] = field(default=None, metadata=REQUIRED)
+    # where the model, its checkpoints and metrics.jsonl go
+    output_dir: str = field(default=None, metadata=REQUIRED)
     overwrite_output_dir: bool = False  # replace output_dir's earlier run once this has finished
     resume: bool = False  # go on from output_dir's last complete checkpoint
     seed: Seed = 0  # of data order, dropout and sampling
@@ -92,9 +95,23 @@ class TrainConfig:
     run_name: str | None = None  # in those trackers; None: the output directory's name
     push_to_hub: str | None = None  # repository on the hub for the finished model, as owner/name
 
+    def __new__(cls, *values: object, **options: object) -> TrainConfig:
+        if values:
+            raise UserError(f"the options of a {cls.__name__} are given by name: not {values[0]!r}")
+        for name in options:
+            if name not in init_fields(cls):
+                known = f"here it is {ALIASES[name]}" if name in ALIASES else ANSWERS.get(name)
+                if known is None:
+                    raise unknown_name(f"option of {cls.__name__}", name, init_fields(cls))
+                raise UserError(f"unknown option of {cls.__name__} {name!r}: {known}")
+        return super().__new__(cls)
+
 
 def check_train_config(config: TrainConfig) -> None:
     """Raise UserError for an option out of its range, and for an output_dir that is not free."""
+    for name in ("model", "dataset", "output_dir"):
+        if getattr(config, name) is None:
+            raise UserError(f"{name} is not given: name it in the {type(config).__name__}")
     check_ranges(config)
     check_report_to(config.report_to)
     if config.fused_head not in FUSED_HEAD:
@@ -139,7 +156,7 @@ def _check_adapter(config: TrainConfig) -> None:
     if not config.lora_target_modules:
         raise UserError("lora_target_modules is empty: name layers, or all-linear")
     require_peft()
-    if is_adapter(config.model):
+    if isinstance(config.model, str) and is_adapter(config.model):
         # the new adapter would name as its model one that lies nowhere
         raise UserError(
             f"model {config.model!r} is an adapter, and peft would put another on it: make it a "

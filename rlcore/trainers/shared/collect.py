@@ -25,7 +25,7 @@ from rlcore.sampling.rewards import (
     reward_name,
 )
 from rlcore.sampling.rollout import Rollout, generate
-from rlcore.trainers.options.sampling import SamplingConfig
+from rlcore.trainers.options.reward import RewardConfig
 from rlcore.trainers.shared.divergence import stop_together
 from rlcore.trainers.shared.experience import Experience, from_rollout
 from rlcore.trainers.shared.run import Run, mix_seed, shared_out, split
@@ -76,8 +76,15 @@ def _unpadded(rollout: Rollout) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in pairs]
 
 
-def make_judge(config: SamplingConfig, functions: Iterable[RewardFunction] | None = None) -> Judge:
+def make_judge(
+    config: RewardConfig, functions: RewardFunction | Iterable[RewardFunction] | None = None
+) -> Judge:
     """The config's rewards, and the `functions` besides; like names get a number each."""
+    if functions is not None:
+        functions = (functions,) if callable(functions) else tuple(functions)
+        for function in functions:
+            if not callable(function):
+                raise UserError(f"reward_funcs must be functions, not {function!r}")
     models = () if config.reward_model is None else (RewardModel(config.reward_model),)
     named = [load_reward(name) for name in config.reward]
     if config.code_sandbox is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import rlcore as rl
+from rlcore.errors import UserError
 from rlcore.models.forward import completion_outputs, evaluating
 from rlcore.models.loading import no_progress_bars
 from rlcore.models.value_model import ValueHead, load_value_model, watched
@@ -85,6 +86,11 @@ def load_critic(config: ValueConfig, policy: Any, tokenizer: Any) -> Critic:
     """
     if config.value_backbone == "shared":
         return Critic(ValueHead(policy.config.get_text_config().hidden_size), config)
+    if config.value_model is None and not isinstance(config.model, str):
+        raise UserError(
+            "value_model is not given, and the model is an object, of which no second one can be "
+            "loaded: name the value model's start, or set value_backbone shared"
+        )
     model = load_value_model(
         config.value_model or config.model,
         tokenizer,

@@ -58,6 +58,7 @@ class HeldOut:
         self._run.phase("evaluating")
         measured = self._measure()
         self._log.write(step, measured)
+        self._run.tell("on_evaluate", step, measured)
         metric = self._metric(measured)
         if metric is None:
             return

@@ -38,9 +38,12 @@ class Data:
                     check_extent(model, data.extent, tokenizer, self.new_tokens)
 
 
-def said(names: str | Sequence[str]) -> str:
-    """A data set's name, or those of several, for messages."""
-    return names if isinstance(names, str) else " ".join(names)
+def said(names: Any) -> str:
+    """A data set's name, or those of several, for messages; of an object what it is."""
+    if isinstance(names, str):
+        return names
+    is_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return " ".join(names) if is_names else "dataset"
 
 
 def load_data(config: TrainConfig, load: Callable[..., Any]) -> Data:

@@ -78,6 +78,7 @@ class Log:
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take a step's metrics; write their averages every `logging_steps` and at the end."""
         self._pending.append(metrics)
+        self.run.tell("on_step", step, metrics)
         self._show_samples(step, "train")
         if step % self.run.config.logging_steps == 0 or step == self.run.total_steps:
             self.flush(step)

@@ -27,7 +27,7 @@ from rlcore.models.heads import Head, LogitsHead, choose_head
 from rlcore.models.loading import no_progress_bars
 from rlcore.runs import checkpoint, output_dir
 from rlcore.runs.atomic import remove_leftovers
-from rlcore.runs.config import save_config
+from rlcore.runs.config import plain_values, save_config
 from rlcore.runs.facts import facts_of, in_words
 from rlcore.runs.hub import push
 from rlcore.runs.reading import read_run
@@ -45,6 +45,7 @@ from rlcore.runs.tracking import Tracker
 from rlcore.trainers.options.base import TrainConfig
 from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.shared.divergence import check_sound, require_finite
+from rlcore.trainers.shared.given import Callback, Given
 from rlcore.trainers.shared.metrics import Log, Moments
 from rlcore.trainers.shared.stopping import StopRequest, stop_request
 
@@ -94,8 +95,14 @@ class Run:
     best: Best = field(default_factory=Best)
     facts: dict[str, Any] = field(default_factory=dict)  # what a reader of the run wants to know
     tracker: Any | None = None
+    callbacks: Sequence[Callback] = ()
     step: int = 0  # the last step that was begun
     prefix: str = ""  # of its quantities' names in errors
+
+    def tell(self, event: str, *arguments: Any) -> None:
+        """Call that method of every callback, on the main process."""
+        for callback in self.callbacks if self.accelerator.is_main_process else ():
+            getattr(callback, event)(*arguments)
 
     def phase(self, name: str) -> None:
         """Say on the screen what begins now."""
@@ -257,9 +264,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
 
 
 @contextlib.contextmanager
-def tracking(
-    run: Run, tracker: Any | None, description: str, columns: Iterable[str]
-) -> Iterator[Any]:
+def tracking(run: Run, given: Given, description: str, columns: Iterable[str]) -> Iterator[Any]:
     """The caller's open tracker or one of our own, while the output directory is the run's.
 
     Signals ask the run to stop meanwhile. Writing begins here: until now all processes could look
@@ -270,7 +275,10 @@ def tracking(
         # until every process has looked at the directory as it was
         run.accelerator.wait_for_everyone()
         _on_main(run.accelerator, lambda: _claim(run, held))
-        tracker = tracker or held.enter_context(_own_tracker(run, description, columns))
+        run.callbacks = given.get("callbacks") or ()
+        tracker = given.get("tracker") or held.enter_context(
+            _own_tracker(run, description, columns)
+        )
         run.tracker = tracker
         for note in run.notes if run.accelerator.is_main_process else ():
             tracker.message(note)
@@ -304,7 +312,7 @@ def _own_tracker(run: Run, description: str, columns: Iterable[str]) -> Tracker:
         report_to=run.config.report_to,
         enabled=run.accelerator.is_main_process,
         start_step=run.first_step,
-        config=dataclasses.asdict(run.config),
+        config=plain_values(run.config),
         run_name=run.config.run_name,
         run_id=run.facts.get("id"),
         subtitle=_subtitle(run),
@@ -443,6 +451,7 @@ def save_if_due(run: Run, step: int, unit: int = 1) -> None:
         },
         keep=keep,
     )
+    run.tell("on_save", step, directory)
     if signal_number:
         raise _stopped(run, signal_number, step, directory)
 
@@ -517,6 +526,7 @@ def finish_run(run: Run, log: Log, beside: Callable[[Path], None] | None = None)
             checkpoint.save_model(run.policy, run.tokenizer, run.config.output_dir, weights)
         _write_up(run)
         _push(run)
+    run.tell("on_save", run.total_steps, Path(run.config.output_dir))
     output = Path(run.config.output_dir)
     best = output / output_dir.BEST
     return Result(output, run.total_steps, log.last, run.policy, best if best.is_dir() else None)

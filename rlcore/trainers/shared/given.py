@@ -1,0 +1,86 @@
+"""What a caller gives a trainer besides its config: objects in the place of names, callbacks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+from typing_extensions import Unpack
+
+from rlcore.errors import UserError, unknown_name
+from rlcore.models.loading import load_tokenizer, made_ready
+from rlcore.trainers.options.base import TrainConfig
+
+__all__ = ["Callback", "Given", "Unpack"]
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+class Callback:
+    """What one wants to hear of a run; override what one needs. The main process alone calls it."""
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """After every optimizer step, with its metrics."""
+
+    def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """After every evaluation on held-out data: {"eval/...": value}."""
+
+    def on_save(self, step: int, directory: Path) -> None:
+        """After a checkpoint, or the finished model, is whole in `directory`."""
+
+
+class Given(TypedDict, total=False):
+    """Arguments of every `train_*`, all by name; an object stands for the config's name of it.
+
+    model: a transformers model to train, in place; its `config.model` is then None.
+    tokenizer: the model's; None: that of the place where the model was loaded from.
+    dataset, eval_dataset: a datasets.Dataset or a list of rows, dicts.
+    callbacks: Callbacks, told of steps, evaluations and saves.
+    tracker: an open Tracker to log to; None makes one in `config.output_dir`.
+    """
+
+    model: Any
+    tokenizer: Any
+    dataset: Any
+    eval_dataset: Any
+    callbacks: Sequence[Callback]
+    tracker: Any
+
+
+def with_objects(config: Config, given: Given) -> Config:
+    """The config with the objects that were given in the place of their names.
+
+    Raises:
+        UserError: an unknown argument, or something given twice.
+    """
+    for name in given:
+        if name not in Given.__annotations__:
+            raise unknown_name("argument", name, Given.__annotations__)
+    objects = {
+        name: given[name]
+        for name in ("model", "dataset", "eval_dataset")
+        if given.get(name) is not None
+    }
+    for name in objects:
+        if getattr(config, name) is not None:
+            named = f"in the config ({getattr(config, name)})"
+            raise UserError(f"{name} is given twice, as an argument and {named}: leave one out")
+    return dataclasses.replace(config, **objects)
+
+
+def tokenizer_of(config: TrainConfig, given: Given) -> Any:
+    """The tokenizer that was given, or that of the config's model, ready to train with.
+
+    Raises:
+        UserError: there is none, or it lacks a token that training needs.
+    """
+    if given.get("tokenizer") is not None:
+        return made_ready(given["tokenizer"], "tokenizer", config.eos_token)
+    if isinstance(config.model, str):
+        return load_tokenizer(config.model, config.eos_token)
+    source = config.model.config.name_or_path
+    if not source:
+        raise UserError("tokenizer: give the model's, as it was loaded from nowhere")
+    return load_tokenizer(source, config.eos_token)
