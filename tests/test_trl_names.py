@@ -83,7 +83,7 @@ def test_a_reward_is_found_by_colon_dot_or_file(home, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("rewards/other.py:length", "cannot import 'rewards/other.py'"),
+        ("rewards/other.py:length", "there is no file 'rewards/other.py'"),
         ("rewards.mine.width", "has no function 'width'"),
         ("lenght", "Known: "),
     ],
