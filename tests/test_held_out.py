@@ -127,6 +127,40 @@ def test_a_batch_that_serves_several_updates_ends_early_too(config, tmp_path):
     assert steps(config) == [1, 2, 3]
 
 
+def uneven(prompts, completions, **_):
+    """1 where the third character is a digit, nothing for an empty completion."""
+    return [float(text[2:3].isdigit()) if text else None for text in completions]
+
+
+def test_held_out_prompts_are_sampled_as_often_as_asked_and_the_same_each_time(config, tmp_path):
+    asked = []
+
+    def noting(prompts, completions, **_):
+        asked.append((prompts, completions))
+        return uneven(prompts, completions)
+
+    config = GRPOConfig(
+        model=config.model, dataset=config.dataset, eval_dataset=config.eval_dataset,
+        output_dir=str(tmp_path / "grpo"), max_steps=2, num_generations=4, eval_steps=1,
+        per_device_train_batch_size=8, max_completion_length=4, learning_rate=1e-12,
+        eval_num_generations=3, per_device_eval_batch_size=1, save_steps=0,
+    )  # fmt: skip
+    train_grpo(config, reward_funcs=[noting])
+    evaluated = [each for each in asked if len(each[0]) in (1, 3)]
+    # two rows, one at a time, greedily and three times, at the start and after each step
+    assert [len(prompts) for prompts, _ in evaluated] == [1, 3] * 2 * 3
+    assert evaluated[:4] == evaluated[4:8] == evaluated[8:]
+    rewards = torch.tensor(
+        [[math.nan if r is None else r for r in uneven(*each)] for each in evaluated[1:4:2]]
+    )
+    lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    measured = [line for line in lines if "eval/reward" in line]
+    assert len(measured) == 3
+    for line in measured:
+        assert line["eval/mean@3"] == pytest.approx(rewards.nanmean(1).nanmean().item())
+        assert line["eval/pass@3"] == (rewards == 1).any(1).float().mean().item()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

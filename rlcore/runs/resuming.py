@@ -22,6 +22,7 @@ START_OPTIONS = ("resume", "overwrite_output_dir")
 _MAY_CHANGE = (
     *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit"),
     *("eval_dataset", "eval_steps", "keep_best", "early_stopping_patience", "log_completions"),
+    *("per_device_eval_batch_size", "eval_num_generations"),
     *("report_to", "run_name", "push_to_hub", "gradient_checkpointing"),
 )
 _NOT_COMPARED = (*START_OPTIONS, "output_dir")

@@ -156,12 +156,14 @@ def _load_data(config: DPOConfig, tokenizer: Any, judge: Judge) -> Data:
     return load_data(config, partial(load_pairs, tokenizer, max_length=config.max_length))
 
 
-def _batches(run: Run, data: PairData, chosen: Sequence[int]) -> list[PairBatch]:
+def _batches(
+    run: Run, data: PairData, chosen: Sequence[int], size: int | None = None
+) -> list[PairBatch]:
     """This process's share of the pairs `chosen`, in micro-batches of like length."""
     pairs = data.pairs
     ordered = sorted(chosen, key=lambda index: len(pairs[index]), reverse=True)
     batches = []
-    for piece, counts in shared_out(run, ordered, run.config.per_device_train_batch_size):
+    for piece, counts in shared_out(run, ordered, size or run.config.per_device_train_batch_size):
         rows = collate_pairs([pairs[index] for index in piece], run.tokenizer.pad_token_id)
         known = None if data.ref_logp is None else data.ref_logp[list(piece)].T.flatten()
         batches.append(PairBatch(rows.to(run.accelerator.device), known, counts, piece))
@@ -272,7 +274,7 @@ def _evaluate(run: Run, held_out: Any, judge: Judge, reference: Policy | None) -
     show_completions(run, [pair.chosen for pair in held_out.pairs[: run.config.log_completions]])
     means = Means()
     with evaluating(run.model):
-        for batch in _batches(run, held_out, range(len(held_out))):
+        for batch in _batches(run, held_out, range(len(held_out)), run.config.eval_batch_size):
             result = _loss(run, batch, reference)
             _add_metrics(means, result, batch.counts)
             counted = torch.full((len(batch),), batch.counts, device=result.loss.device)

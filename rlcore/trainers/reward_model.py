@@ -142,10 +142,12 @@ def _train_step(run: Run, step: int, pairs: Sequence[Pair]) -> dict[str, float]:
     return trained | _score_metrics(run, torch.cat(seen, dim=1))
 
 
-def _micro_batches(run: Run, pairs: Sequence[Pair]) -> list[tuple[Sequence[Pair], bool]]:
+def _micro_batches(
+    run: Run, pairs: Sequence[Pair], size: int | None = None
+) -> list[tuple[Sequence[Pair], bool]]:
     """This process's share, in micro-batches of pairs of like length, and whether each counts."""
     ordered = sorted(pairs, key=len, reverse=True)
-    return shared_out(run, ordered, run.config.per_device_train_batch_size)
+    return shared_out(run, ordered, size or run.config.per_device_train_batch_size)
 
 
 def _loss(
@@ -195,7 +197,8 @@ def _score_metrics(run: Run, scores: torch.Tensor) -> dict[str, float]:
 def _evaluate(run: Run, pairs: Sequence[Pair]) -> dict[str, float]:
     """Loss and scores of held-out pairs."""
     with evaluating(run.model):
-        parts = [_loss(run, *batch, len(pairs)) for batch in _micro_batches(run, pairs)]
+        batches = _micro_batches(run, pairs, run.config.eval_batch_size)
+        parts = [_loss(run, *batch, len(pairs)) for batch in batches]
     losses, scores = zip(*parts, strict=True)
     metrics = _score_metrics(run, torch.cat(scores, dim=1))
     metrics["loss"] = summed(run.accelerator, sum(losses).item())

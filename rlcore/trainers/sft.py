@@ -113,12 +113,11 @@ def _train_step(run: Run, step: int, examples: list[Example]) -> dict[str, float
     return optimizer_step(run, step, batches, lambda batch: _loss(run, batch, num_items))
 
 
-def _micro_batches(run: Run, examples: Sequence[Example]) -> list[Batch]:
+def _micro_batches(run: Run, examples: Sequence[Example], size: int | None = None) -> list[Batch]:
     """This process's share, in micro-batches of examples of like length."""
     batches = []
-    for piece, counts in shared_out(
-        run, sorted(examples, key=len), run.config.per_device_train_batch_size
-    ):
+    size = size or run.config.per_device_train_batch_size
+    for piece, counts in shared_out(run, sorted(examples, key=len), size):
         batch = collate(piece, run.tokenizer.pad_token_id).to(run.accelerator.device)
         batches.append(dataclasses.replace(batch, mask=batch.mask & counts))
     return batches
@@ -140,7 +139,7 @@ def _evaluate(run: Run, examples: list[Example]) -> float:
     """The mean negative log-probability of a held-out completion token."""
     show_completions(run, examples[: run.config.log_completions])
     with evaluating(run.model):
-        batches = _micro_batches(run, examples)
+        batches = _micro_batches(run, examples, run.config.eval_batch_size)
         total = sum(_loss(run, batch, 1.0).item() for batch in batches)
     tokens = sum(len(example.completion) for example in examples)
     return summed(run.accelerator, total) / tokens

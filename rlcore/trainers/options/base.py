@@ -85,6 +85,8 @@ class TrainConfig:
     # held-out rows, like dataset; of splits the held-out one
     eval_dataset: str | list[str] | None = None
     eval_steps: Natural = 0  # optimizer steps between evaluations; 0: at start and end only
+    # sequences, or prompts, of an evaluation at a time; None: as many as in training
+    per_device_eval_batch_size: Count | None = None
     # the metric whose best model stays in output_dir/best, as eval/reward; auto: the held-out
     # reward, accuracy or loss where eval_steps is set; none: no model
     keep_best: str = "auto"
@@ -94,6 +96,11 @@ class TrainConfig:
     report_to: list[str] = field(default_factory=list)
     run_name: str | None = None  # in those trackers; None: the output directory's name
     push_to_hub: str | None = None  # repository on the hub for the finished model, as owner/name
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Sequences, or prompts, of an evaluation that each process takes at a time."""
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
 
     def __new__(cls, *values: object, **options: object) -> TrainConfig:
         if values:

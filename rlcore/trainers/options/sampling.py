@@ -21,6 +21,8 @@ class SamplingConfig(RewardConfig, TrainConfig):
     temperature: Positive = 1.0  # of sampling, and of the policy that is trained
     top_p: Share = 1.0  # sample from the likeliest tokens of this mass
     top_k: Natural = 0  # sample from this many of the likeliest tokens; 0: all
+    # sampled completions of each held-out prompt, for mean@k and pass@k beside the greedy one's
+    eval_num_generations: Natural = 0
     log_completions: Natural = 3  # completions of a batch to show and keep in completions.jsonl
 
     # Use of the rewards
