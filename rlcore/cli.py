@@ -82,15 +82,16 @@ def _run(arguments: list[str]) -> int:
 
 def _end_of_run(name: str, config: Any, result: Any) -> Iterator[str]:
     """Where everything is, and what one may do next."""
+    from rlcore.runs.resuming import inputs_of
+
     yield f"model and metrics.jsonl are in {result.output_dir}"
     best = result.best or result.output_dir
     if result.best is not None:
         yield f"the model that did best on what is held out is in {best}"
-    held_out = config.eval_dataset
+    held_out = [place for option, place in inputs_of(config).items() if "eval_dataset" in option]
     if getattr(config, "reward", None) and held_out:
-        held_out = held_out if isinstance(held_out, str) else " ".join(held_out)
         yield (
-            f"next: rlcore eval {config.model} {best} --dataset {held_out} "
+            f"next: rlcore eval {config.model} {best} --dataset {' '.join(held_out)} "
             f"--reward {' '.join(config.reward)} "
             f"--max-completion-length {config.max_completion_length}"
         )

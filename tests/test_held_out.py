@@ -127,6 +127,39 @@ def test_a_batch_that_serves_several_updates_ends_early_too(config, tmp_path):
     assert steps(config) == [1, 2, 3]
 
 
+def test_several_sets_are_measured_each_and_their_mean_decides(config, tmp_path, measured):
+    (tmp_path / "hard.jsonl").write_text(json.dumps({"prompt": "9+9=", "completion": "18"}))
+    sets = [f"easy={config.eval_dataset}", f"hard={tmp_path / 'hard.jsonl'}"]
+    config = dataclasses.replace(config, eval_dataset=sets, max_steps=2)
+    result = train_sft(config)
+    lines = [
+        line for line in read_metrics(result.output_dir / "metrics.jsonl") if "eval/loss" in line
+    ]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    for line in lines:
+        assert set(line) == {"step", "eval/loss", "eval/easy/loss", "eval/hard/loss"}
+        assert line["eval/loss"] == (line["eval/easy/loss"] + line["eval/hard/loss"]) / 2
+        assert line["eval/easy/loss"] != line["eval/hard/loss"]
+    alone = dataclasses.replace(
+        config, eval_dataset=str(tmp_path / "hard.jsonl"), overwrite_output_dir=True
+    )
+    train_sft(alone)
+    hard = [
+        line for line in read_metrics(result.output_dir / "metrics.jsonl") if "eval/loss" in line
+    ]
+    assert [line["eval/loss"] for line in hard] == [line["eval/hard/loss"] for line in lines]
+
+
+def test_sets_may_be_a_mapping_of_rows_and_none_may_be_the_training_rows(config):
+    rows = [json.loads(line) for line in Path(config.dataset).read_text().splitlines()]
+    config = dataclasses.replace(config, eval_dataset=None, max_steps=1)
+    result = train_sft(config, eval_dataset={"a": rows[:1], "b": rows[1:3]})
+    assert {"eval/loss", "eval/a/loss", "eval/b/loss"} <= result.metrics.keys()
+    config = dataclasses.replace(config, overwrite_output_dir=True)
+    with pytest.raises(UserError, match="holds the rows of dataset"):
+        train_sft(config, eval_dataset={"a": rows[:1], "b": rows})
+
+
 def uneven(prompts, completions, **_):
     """1 where the third character is a digit, nothing for an empty completion."""
     return [float(text[2:3].isdigit()) if text else None for text in completions]

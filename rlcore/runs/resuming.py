@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rlcore.runs.config import load_config
 from rlcore.runs.output_dir import CONFIG_FILE, file_of_run
 from rlcore.runs.run_record import RECORD_FILE, read_record
 
+_NAMED = re.compile(r"([\w.-]+)=(.+)")  # NAME=DATASET
 MODELS = ("model", "ref_model", "reward_model", "value_model")
 INPUTS = (*MODELS, "dataset", "eval_dataset")  # options that name what a run reads
 # how a run was started, not what it is: training.yaml holds neither
@@ -28,11 +30,31 @@ _MAY_CHANGE = (
 _NOT_COMPARED = (*START_OPTIONS, "output_dir")
 
 
+def held_out_sets(eval_dataset: Any) -> dict[str, Any]:
+    """{name: data set} of the option eval_dataset: a mapping, or words NAME=DATASET.
+
+    Without names it is one set, be it of several parts, whose name is "".
+    """
+    if eval_dataset is None:
+        return {}
+    if isinstance(eval_dataset, Mapping):
+        return dict(eval_dataset)
+    words = [eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+    if isinstance(words, list | tuple) and all(isinstance(word, str) for word in words):
+        found = [_NAMED.fullmatch(word) for word in words if not Path(word).exists()]
+        if words and len(found) == len(words) and all(found):
+            return {match[1]: match[2] for match in found}
+    return {"": eval_dataset}
+
+
 def inputs_of(config: Any) -> dict[str, str]:
     """{option: path or name} of the models and data that the run reads, adapters' models too."""
     given: dict[str, str] = {}
     for name in INPUTS:
         value = getattr(config, name, None)
+        if name == "eval_dataset":
+            sets = held_out_sets(value)
+            value = sets[""] if list(sets) == [""] else list(sets.values())
         if isinstance(value, list | tuple):
             parts = enumerate(value, start=1)
             given |= {f"{name} {number}": each for number, each in parts if isinstance(each, str)}

@@ -108,7 +108,8 @@ def train_dpo(
     loaded = _load_data(config, tokenizer, judge)
     data, held_out = loaded.train, loaded.held_out
     if not config.online:
-        data, held_out = PairData(data), held_out and PairData(held_out)
+        data = PairData(data)
+        held_out = {name: PairData(pairs) for name, pairs in held_out.items()}
     model = load_policy(
         config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
     )
@@ -125,10 +126,11 @@ def train_dpo(
     reference = as_reference(run, reference)
     with tracking(run, given, "DPO", DISPLAYED) as tracker:
         if config.precompute_ref_log_probs:
-            data, held_out = (_with_reference(run, each, reference) for each in (data, held_out))
+            data = _with_reference(run, data, reference)
+            held_out = {name: _with_reference(run, d, reference) for name, d in held_out.items()}
             reference = None
         log, clock = Log(run, tracker), Clock()
-        measure = partial(_evaluate, run, held_out, judge, reference)
+        measure = partial(_evaluate, run, judge, reference)
         held = HeldOut(run, log, clock, held_out, measure)
         for step in run.steps():
             chosen = batch_indices(len(data), rows, step - 1, config.seed)
@@ -254,10 +256,8 @@ def _reference_logp(run: Run, rows: Batch, reference: Policy) -> torch.Tensor:
     return logp.sum(1)
 
 
-def _with_reference(run: Run, data: PairData | None, reference: Policy) -> PairData | None:
+def _with_reference(run: Run, data: PairData, reference: Policy) -> PairData:
     """The pairs with what the reference thinks of every answer, on every process."""
-    if data is None:
-        return None
     logp = torch.zeros(len(data), 2, device=run.accelerator.device)
     for batch in _batches(run, data, range(len(data))):
         known = _reference_logp(run, batch.rows, reference).view(2, -1).T
@@ -267,7 +267,7 @@ def _with_reference(run: Run, data: PairData | None, reference: Policy) -> PairD
 
 
 @torch.no_grad()
-def _evaluate(run: Run, held_out: Any, judge: Judge, reference: Policy | None) -> dict[str, float]:
+def _evaluate(run: Run, judge: Judge, reference: Policy | None, held_out: Any) -> dict[str, float]:
     """Loss and rewards on held-out pairs; with `online` the rewards of greedy completions."""
     if run.config.online:
         return evaluate(run, held_out, judge)

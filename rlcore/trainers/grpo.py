@@ -97,7 +97,7 @@ def train_grpo(
     reference = as_reference(run, reference)
     with tracking(run, given, "GRPO", DISPLAYED) as tracker:
         log, clock, step = Log(run, tracker), Clock(), run.first_step
-        held = HeldOut(run, log, clock, held_out, lambda: evaluate(run, held_out, judge))
+        held = HeldOut(run, log, clock, held_out, lambda some: evaluate(run, some, judge))
         while step < run.total_steps:
             number = step // updates
             chosen = rows[batch_indices(len(rows), prompts, number, config.seed)]

@@ -107,7 +107,7 @@ def train_ppo(
     reference = as_reference(run, reference)
     with tracking(run, given, "PPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
-        held = HeldOut(run, log, clock, held_out, lambda: evaluate(run, held_out, judge))
+        held = HeldOut(run, log, clock, held_out, lambda some: evaluate(run, some, judge))
         for step in run.steps():
             chosen = rows[batch_indices(len(rows), prompts, step - 1, config.seed)]
             seed = mix_seed(config.seed, step - 1)

@@ -96,7 +96,7 @@ def train_reward_model(config: RewardModelConfig, **given: Unpack[Given]) -> Res
     run = start_run(config, accelerator, model, tokenizer, steps, data=pairs, notes=data.notes)
     with tracking(run, given, "reward model", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
-        held = HeldOut(run, log, clock, held_out, lambda: _evaluate(run, held_out))
+        held = HeldOut(run, log, clock, held_out, lambda some: _evaluate(run, some))
         for step in run.steps():
             indices = batch_indices(len(pairs), rows, step - 1, config.seed)
             chosen = [pairs[index] for index in indices]

@@ -82,7 +82,7 @@ def train_sft(config: SFTConfig, **given: Unpack[Given]) -> Result:
     run = start_run(config, accelerator, model, tokenizer, steps, data=examples, notes=data.notes)
     with tracking(run, given, "SFT", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
-        held = HeldOut(run, log, clock, held_out, lambda: {"eval/loss": _evaluate(run, held_out)})
+        held = HeldOut(run, log, clock, held_out, lambda some: {"eval/loss": _evaluate(run, some)})
         for step in run.steps():
             chosen = batch_indices(len(examples), rows, step - 1, config.seed)
             metrics = _train_step(run, step, [examples[index] for index in chosen])

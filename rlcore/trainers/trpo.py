@@ -115,7 +115,7 @@ def train_trpo(
     policy = _policy(run)
     with tracking(run, given, "TRPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
-        held = HeldOut(run, log, clock, held_out, lambda: evaluate(run, held_out, judge))
+        held = HeldOut(run, log, clock, held_out, lambda some: evaluate(run, some, judge))
         for step in run.steps():
             chosen = rows[batch_indices(len(rows), prompts, step - 1, config.seed)]
             seed = mix_seed(config.seed, step - 1)

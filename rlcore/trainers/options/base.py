@@ -82,7 +82,8 @@ class TrainConfig:
     save_steps: Natural | None = None  # steps between checkpoints; None: a tenth of all; 0: none
     # how many checkpoints stay; None: all where save_steps is given, else 2, so that the disk lasts
     save_total_limit: Count | None = None
-    # held-out rows, like dataset; of splits the held-out one
+    # held-out rows, like dataset; of splits the held-out one. NAME=DATASET ...: several sets, each
+    # measured by itself
     eval_dataset: str | list[str] | None = None
     eval_steps: Natural = 0  # optimizer steps between evaluations; 0: at start and end only
     # sequences, or prompts, of an evaluation at a time; None: as many as in training

@@ -27,8 +27,9 @@ class HeldOut:
     `early_stopping_patience` measurements without a better one the run ends.
 
     Args:
-        rows: the held-out data; None where there is none: then nothing is ever measured.
-        measure: () -> {"eval/...": value}, the same on every process.
+        sets: the held-out data by name; of several each is measured, and the mean of all. Nothing
+            is ever measured where there is none.
+        measure: a set -> {"eval/...": value}, the same on every process.
         clock: does not count the time that this takes.
     """
 
@@ -37,12 +38,12 @@ class HeldOut:
         run: Run,
         log: Log,
         clock: Clock,
-        rows: Any | None,
-        measure: Callable[[], Mapping[str, float]],
+        sets: Mapping[str, Any],
+        measure: Callable[[Any], Mapping[str, float]],
     ):
         self._run, self._log, self._clock = run, log, clock
-        self._measure = None if rows is None else measure
-        if rows is not None and run.first_step == 0:
+        self._sets, self._measure = sets, measure
+        if sets and run.first_step == 0:
             self._take(0)
         clock.skip()
 
@@ -50,13 +51,13 @@ class HeldOut:
         """Measure after `step` where it is time to; the clock starts anew in any case."""
         every = self._run.config.eval_steps
         due = step == self._run.total_steps or (every > 0 and step % every == 0)
-        if self._measure is not None and due:
+        if self._sets and due:
             self._take(step)
         self._clock.skip()
 
     def _take(self, step: int) -> None:
         self._run.phase("evaluating")
-        measured = self._measure()
+        measured = self._measured()
         self._log.write(step, measured)
         self._run.tell("on_evaluate", step, measured)
         metric = self._metric(measured)
@@ -78,6 +79,23 @@ class HeldOut:
                 f"ended early: {best.misses} evaluations since step {best.step} without a better "
                 f"{metric} than {best.value:.4g}"
             )
+
+    def _measured(self) -> Mapping[str, float]:
+        """{"eval/reward": mean over the sets, "eval/NAME/reward": ...}; of one set its own."""
+        parts = {name: self._measure(rows) for name, rows in self._sets.items()}
+        if list(parts) == [""]:
+            return parts[""]
+        metrics = dict.fromkeys(metric for part in parts.values() for metric in part)
+        means = {}
+        for metric in metrics:
+            values = [part[metric] for part in parts.values() if metric in part]
+            means[metric] = sum(values) / len(values)
+        each = {
+            f"eval/{name}/{metric.removeprefix('eval/')}": value
+            for name, part in parts.items()
+            for metric, value in part.items()
+        }
+        return means | each
 
     @property
     def _keeps(self) -> bool:

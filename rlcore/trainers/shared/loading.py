@@ -13,6 +13,7 @@ from rlcore.data.loading import load_rows
 from rlcore.data.rows import Rows
 from rlcore.errors import UserError
 from rlcore.models.limits import check_extent
+from rlcore.runs.resuming import held_out_sets
 from rlcore.sampling.rewards import check_columns
 from rlcore.trainers.options.base import TrainConfig
 from rlcore.trainers.options.sampling import SamplingConfig
@@ -23,8 +24,8 @@ from rlcore.trainers.shared.collect import Judge
 class Data:
     """What a run trains on and is evaluated on."""
 
-    train: Any  # Rows or Loaded, like held_out
-    held_out: Any | None
+    train: Any  # Rows or Loaded
+    held_out: dict[str, Any]  # the same by the set's name; "" is the name of one without
     notes: tuple[str, ...]  # what the user should be told of them
     new_tokens: int = 0  # that are sampled behind a sequence, at most
 
@@ -32,9 +33,9 @@ class Data:
         """Raise UserError where one of the models cannot take the data's lengths or token ids."""
         # a value model has its backbone and config inside
         models = [getattr(model, "classifier", model) for model in models]
-        for data in (self.train, self.held_out):
+        for data in (self.train, *self.held_out.values()):
             for model in models:
-                if data is not None and hasattr(model, "config"):
+                if hasattr(model, "config"):
                     check_extent(model, data.extent, tokenizer, self.new_tokens)
 
 
@@ -49,16 +50,19 @@ def said(names: Any) -> str:
 def load_data(config: TrainConfig, load: Callable[..., Any]) -> Data:
     """What `load(path_or_name, held_out=...)` makes of the run's data sets."""
     train = load(config.dataset, held_out=False)
-    if config.eval_dataset is None:
-        return Data(train, None, train.notes)
-    held_out = load(config.eval_dataset, held_out=True)
-    notes = tuple(dict.fromkeys([*train.notes, *held_out.notes]))
-    if len(train) == len(held_out) and all(a == b for a, b in zip(train, held_out, strict=True)):
-        raise UserError(
-            f"eval_dataset {said(config.eval_dataset)} holds the rows of dataset "
-            f"{said(config.dataset)}: what it measures would be trained on; hold other rows out"
-        )
-    return Data(train, held_out, notes)
+    held_out = {
+        name: load(source, held_out=True)
+        for name, source in held_out_sets(config.eval_dataset).items()
+    }
+    for name, rows in held_out.items():
+        if len(train) == len(rows) and all(a == b for a, b in zip(train, rows, strict=True)):
+            source = said(held_out_sets(config.eval_dataset)[name])
+            raise UserError(
+                f"eval_dataset {source} holds the rows of dataset {said(config.dataset)}: what it "
+                "measures would be trained on; hold other rows out"
+            )
+    sets = (train, *held_out.values())
+    return Data(train, held_out, tuple(dict.fromkeys(note for rows in sets for note in rows.notes)))
 
 
 def load_prompts(config: SamplingConfig, tokenizer: Any, judge: Judge) -> Data:
