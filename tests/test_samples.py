@@ -144,6 +144,18 @@ def test_the_end_says_what_came_of_it_and_repeats_what_still_warns(tmp_path, val
     assert said in course
 
 
+def test_the_end_of_a_resumed_run_knows_where_it_began(tmp_path):
+    screen = console(terminal=False)
+    with Tracker(tmp_path, 9, "GRPO", columns=("reward",), console=screen) as tracker:
+        tracker.log(0, {"eval/reward": 0.25})
+        tracker.log(4, {"eval/reward": 0.75})
+        tracker.log(6, {"eval/reward": 0.9})
+    with Tracker(tmp_path, 9, "GRPO", columns=("reward",), console=screen, start_step=5) as tracker:
+        tracker.log(9, {"eval/reward": 0.5})
+    course = screen.file.getvalue().splitlines()[-1]
+    assert "0.250 at the start, 0.500 at the end, best 0.750 at step 4" in course
+
+
 def length(prompts, completions, **_):
     return [float(len(text)) for text in completions]
 

@@ -1,7 +1,9 @@
-"""The screens of README, made by the program itself: python docs/screens/make.py runs/demo docs/screens
+"""The screens of README, made by the program itself of what `rlcore demo` left.
 
-Takes what `rlcore demo` left: the course of its GRPO run on the screen, `rlcore eval` of its models,
-`rlcore compare` of the run and its control.
+    python docs/screens/make.py runs/demo docs/screens
+
+They are its GRPO run on the screen, `rlcore eval` of its models, and `rlcore compare` of the run
+and its control.
 """
 
 from __future__ import annotations

@@ -106,6 +106,11 @@ class Display:
         self._live: Live | None = None
         self._printed = -math.inf
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it is a block on a terminal, not lines."""
+        return self._live is not None
+
     def start(self) -> None:
         self._started = self._updated = time.monotonic()
         if self._console.is_terminal:
@@ -127,19 +132,27 @@ class Display:
             if name not in self._said:
                 self.message(f"warning: {sentence}")
             self._said.add(name)
-        for name in _HELD_OUT:
-            if name in metrics and math.isfinite(metrics[name]):
-                self._held_out.setdefault(name, []).append((step, metrics[name]))
         self._step, self._updated = step, time.monotonic()
-        # a step that logs only some of the columns leaves the others standing
-        self._metrics = {**self._metrics, **metrics}
-        if self._columns[0] in metrics:
-            self._course.append(metrics[self._columns[0]])
+        self._take(step, metrics)
         if self._live:
             self._live.refresh()
         elif self._is_due(step, metrics):
             self._printed = self._updated
             self._print_line(metrics)
+
+    def recall(self, lines: Sequence[Mapping[str, float]]) -> None:
+        """Take what a resumed run had measured before, a line with its "step" each."""
+        for line in lines:
+            self._take(line["step"], {name: v for name, v in line.items() if name != "step"})
+
+    def _take(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name in _HELD_OUT:
+            if name in metrics and math.isfinite(metrics[name]):
+                self._held_out.setdefault(name, []).append((step, metrics[name]))
+        # a step that logs only some of the columns leaves the others standing
+        self._metrics = {**self._metrics, **metrics}
+        if self._columns[0] in metrics:
+            self._course.append(metrics[self._columns[0]])
 
     def _is_due(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether a plain line is printed: never is one with a held-out value left out."""

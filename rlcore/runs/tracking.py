@@ -80,6 +80,8 @@ class Tracker:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             for path in (self._path, self._path.with_name(COMPLETIONS_FILE)):
                 _drop_later_lines(path, self._start_step)
+            if self._path.exists():
+                self._display.recall(read_metrics(self._path))
             self._file = self._path.open("a", encoding="utf-8")
             self._reporters = [
                 Reporter(name, self._path.parent, *self._identity, self._config)
@@ -98,7 +100,8 @@ class Tracker:
         if kind is not None:
             discard_empty(self._path.parent)
             return
-        for sentence in self._warnings.active.values():
+        # on a terminal they stand on the screen that stays
+        for sentence in () if self._display.is_live else self._warnings.active.values():
             self._display.message(f"warning: {sentence}")
         if course := self._display.held_out_course():
             self._display.message(course)
