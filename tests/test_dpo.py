@@ -197,10 +197,10 @@ def test_online_completions_that_nobody_tells_apart_move_nothing(tmp_path, pairs
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(tmp_path, pairs, changes, message):
-    config = make_config(tmp_path, pairs, **changes)
-    config.model = str(tmp_path / "not-there")
+    config = make_config(tmp_path, pairs)
+    changes = {"model": str(tmp_path / "not-there")} | changes
     with pytest.raises(UserError, match=message):
-        train_dpo(config)
+        train_dpo(dataclasses.replace(config, **changes))
 
 
 def test_a_dataset_without_pairs_is_refused(tmp_path):

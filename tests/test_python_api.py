@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from helpers.tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -139,6 +139,66 @@ def test_callbacks_hear_of_steps_evaluations_and_saves(model, tmp_path):
     ]  # fmt: skip
 
 
+class Steps:
+    def __init__(self):
+        self.seen = []
+
+    def on_step(self, step, metrics):
+        self.seen.append(step)
+
+
+def test_one_object_with_one_of_the_methods_is_a_callback(model, tmp_path):
+    steps = Steps()
+    config = SFTConfig(model=model, output_dir=str(tmp_path / "run"), max_steps=2)
+    train_sft(config, dataset=ROWS, callbacks=steps)
+    assert steps.seen == [1, 2]
+
+
+def test_a_model_in_bfloat16_is_trained_in_float32_and_a_tokenizer_stays_as_it_is(model, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
+    config = SFTConfig(output_dir=tmp_path / "run", max_steps=1)
+    train_sft(config, model=policy, tokenizer=tokenizer, dataset=ROWS)
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    assert tokenizer.padding_side == "right"
+
+
+def test_an_adapter_needs_a_model_with_a_name(model, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    config = SFTConfig(output_dir=tmp_path / "run", max_steps=1, peft="lora")
+    given = {"dataset": ROWS, "tokenizer": AutoTokenizer.from_pretrained(model)}
+    policy.name_or_path = ""
+    with pytest.raises(UserError, match="the model that was given has no name"):
+        train_sft(config, model=policy, **given)
+    policy.name_or_path = model
+    train_sft(config, model=policy, **given)
+    written = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == model
+    with pytest.raises(UserError, match="model has an adapter"):
+        train_sft(SFTConfig(output_dir=tmp_path / "next"), model=policy, **given)
+
+
+@pytest.mark.parametrize("kind", ["objects", "mixture"])
+def test_a_resumed_run_wants_the_same_rows_of_objects_and_of_mixtures(model, tmp_path, kind):
+    def data(count):
+        if kind == "objects":
+            return ROWS[:count]
+        (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, ROWS[4:count])))
+        (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, ROWS[:4])))
+        return [str(tmp_path / "some.jsonl"), tmp_path / "more.jsonl"]
+
+    def resumed(count):
+        config = SFTConfig(output_dir=tmp_path / "run", max_steps=2, save_steps=1, resume=True)
+        policy = AutoModelForCausalLM.from_pretrained(model)
+        return train_sft(config, model=policy, dataset=data(count))
+
+    config = SFTConfig(output_dir=tmp_path / "run", max_steps=1, save_steps=1)
+    train_sft(config, model=AutoModelForCausalLM.from_pretrained(model), dataset=data(8))
+    with pytest.raises(UserError, match=r"cannot be resumed: dataset .* is not what the run began"):
+        resumed(7)
+    assert resumed(8).steps == 2
+
+
 async def slowly(prompts, completions, **_):
     await asyncio.sleep(0)
     return length(prompts, completions)
@@ -152,7 +212,7 @@ def of_numbers(prompts, completions, **_):
     return [np.float64(len(text)) for text in completions]
 
 
-@pytest.mark.parametrize("reward", [slowly, as_array, of_numbers])
+@pytest.mark.parametrize("reward", [slowly, as_array, of_numbers, f"{__file__}:length"])
 def test_rewards_may_be_asynchronous_and_arrays(model, tmp_path, reward):
     options = SAMPLING | {"max_steps": 1, "model": model, "dataset": ROWS}
 
@@ -179,7 +239,15 @@ def test_an_asynchronous_reward_runs_beside_a_loop_that_runs_already(model, tmp_
         ({"dataset": 7}, "dataset must be a name, a datasets.Dataset or a list of rows, not int"),
         ({"dataset": ["a.jsonl"]}, "no data file at 'a.jsonl'"),
         ({}, "dataset is not given: name it in the GRPOConfig"),
-        ({"dataset": ROWS, "reward_funcs": "length"}, "reward_funcs must be functions, not 'l'"),
+        ({"dataset": ROWS, "reward_funcs": "length"}, "unknown reward 'length'"),
+        ({"dataset": ROWS, "reward_funcs": [7]}, "holds 7, which is neither function nor name"),
+        (
+            {"dataset": ROWS, "reward_funcs": torch.nn.Linear(1, 1)},
+            "name its directory as reward_m",
+        ),
+        ({"dataset": ROWS, "callbacks": [length]}, "no object with one of the methods on_step"),
+        ({"dataset": ROWS, "callbacks": Callback}, "no object with one of the methods on_step"),
+        ({"dataset": DatasetDict()}, r"not DatasetDict: give one of its splits"),
         ({"dataset": ROWS, "model": torch.nn.Linear(1, 1)}, "model is given twice"),
     ],
 )
@@ -220,10 +288,13 @@ def test_a_value_model_cannot_be_made_of_an_object(model, tmp_path):
     [
         (
             lambda: GRPOConfig(lerning_rate=1),
-            "unknown option of GRPOConfig 'lerning_rate'.*'learning_rate'",
+            "GRPOConfig has no option 'lerning_rate'; did you mean 'learning_rate'",
         ),
         (lambda: SFTConfig("model"), "options of a SFTConfig are given by name: not 'model'"),
-        (lambda: SFTConfig(model_name_or_path="m"), "'model_name_or_path': here it is model"),
+        (
+            lambda: SFTConfig(model_name_or_path="m"),
+            "'model_name_or_path': it is called 'model' here",
+        ),
         (lambda: SFTConfig(fp16=True), "say --bf16"),
     ],
 )

@@ -8,16 +8,15 @@ text or chat messages.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlcore.data.names import parts_of
 from rlcore.data.readers import OPENERS, READERS, file_type, read_file
 from rlcore.data.rows import Rows, joined
 from rlcore.errors import UserError
 
-_DATASET = re.compile(r"([^:]+):([^/:]*)(?:/([^/]+))?")  # NAME:CONFIG/SPLIT
 SFT_COLUMNS = (("prompt", "completion"), ("text",), ("messages",))
 # without a prompt of their own, what chosen and rejected begin with alike is the prompt
 PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
@@ -79,9 +78,10 @@ def _read(path_or_name: Any, text: Collection[str], held_out: bool) -> Rows:
                 f"cannot load the dataset {path_or_name!r}: a file's name must end in one of "
                 f"{known}, the first {len(READERS)} also with {', '.join(OPENERS)} behind"
             )
-        found = None if path.exists() else _DATASET.fullmatch(path_or_name)
-        name, config, split = found.groups() if found else (path_or_name, None, None)
-        return read_split(name, held_out=held_out, text=text, config=config or None, split=split)
+        name, config, split = parts_of(path_or_name)
+        if Path(name).is_file():
+            raise UserError(f"{path_or_name}: {name} is a file, without configurations or splits")
+        return read_split(name, held_out=held_out, text=text, config=config, split=split)
     if not path.is_file():
         raise UserError(f"cannot load the dataset {path_or_name!r}: no data file at {str(path)!r}")
     return read_file(path, text=text) if is_ours else read_table(path_or_name)

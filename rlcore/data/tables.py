@@ -92,7 +92,15 @@ def read_dataset(dataset: Any) -> Rows:
     if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
         return Rows(list(dataset), [Part("dataset", "row", range(1, len(dataset) + 1))])
     kind = type(dataset).__name__
-    raise UserError(f"dataset must be a name, a datasets.Dataset or a list of rows, not {kind}")
+    hint = {
+        "DatasetDict": ": give one of its splits, as dataset['train']",
+        "IterableDataset": ": give datasets.Dataset.from_list(list(rows))",
+        "DataFrame": ": give datasets.Dataset.from_pandas(frame)",
+    }
+    raise UserError(
+        "dataset must be a name, a datasets.Dataset or a list of rows, not "
+        f"{kind}{hint.get(kind, '')}"
+    )
 
 
 def _choose(name: str, splits: Sequence[str], held_out: bool) -> str:

@@ -133,14 +133,17 @@ def _policy(model: Any, name: str, gradient_checkpointing: bool, dropout: bool) 
 
 def _taken(model: Any, kind: str, what: str) -> Any:
     """A model that a caller has loaded, if it can be trained as one that is loaded here."""
-    if has_adapter(model):
+    if has_adapter(model) or hasattr(model, "peft_type"):
         raise UserError("model has an adapter: give the model beneath it, and peft='lora'")
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
         raise UserError(f"model must be a name or {what} of transformers, not a {_kind(model)}")
     if (kind == "lm_head") != (model.get_output_embeddings() is not None):
         raise UserError(f"model must be {what}, not a {_kind(model)}")
+    if getattr(model, "is_quantized", False):
+        raise UserError("model is quantized, and its weights are to be trained: load it otherwise")
     _check_finite(model, "model")
-    return model
+    # as a model that is loaded here: steps of 1e-6 would vanish in bfloat16
+    return model if next(model.parameters()).dtype == torch.float64 else model.float()
 
 
 def _kind(model: Any) -> str:

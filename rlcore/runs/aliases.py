@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
+from rlcore.errors import nearest
+
 ALIASES = {
     "model_name_or_path": "model",
     "dataset_name": "dataset",
@@ -40,3 +44,20 @@ ANSWERS = {
     "disable_tqdm": "where stderr is no terminal the screen is plain lines",
     "remove_unused_columns": "columns that nothing reads are left out; rewards get all others",
 }
+
+
+def our_name(name: str, known: Collection[str]) -> str:
+    """Our name of an option that is called otherwise elsewhere; any other name as it is."""
+    return ALIASES[name] if name not in known and ALIASES.get(name) in known else name
+
+
+def unknown_option(
+    name: str, known: Collection[str], show: Callable[[str], str] = repr, otherwise: str = ""
+) -> str:
+    """What to say behind a name that is no option: its meaning elsewhere, the nearest of ours."""
+    if our_name(name, known) in known:
+        return f": it is called {show(ALIASES[name])} here"
+    if name in ANSWERS:
+        return f": {ANSWERS[name]}"
+    guess = nearest(name, known)
+    return f"; did you mean {show(guess)}?" if guess else otherwise

@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from rlcore.errors import UserError, nearest
-from rlcore.runs.aliases import ALIASES, ANSWERS
+from rlcore.errors import UserError
+from rlcore.runs.aliases import our_name, unknown_option
 from rlcore.runs.options import default_of, init_fields, type_name
 
 Config = TypeVar("Config")
+_HELP = " (--help lists them all)"
 
 
 def load_config(
@@ -64,14 +65,15 @@ def save_config(config: Any, path: str | Path, *, without: Collection[str] = ())
 def plain_values(config: Any) -> dict[str, Any]:
     """{option: value} as YAML knows values; an object in a name's place is told by its class."""
     values = {name: getattr(config, name) for name in init_fields(type(config))}
-    return {name: _plain(value) for name, value in values.items()}
+    return {name: plain_value(value) for name, value in values.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """The same of one."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, list | tuple) and not any(isinstance(each, Mapping) for each in value):
-        return [_plain(each) for each in value]
+        return [plain_value(each) for each in value]
     return f"<{type(value).__name__}>"
 
 
@@ -89,9 +91,11 @@ def _parse_flags(cls: type, flags: Sequence[str]) -> dict[str, Any]:
         negated = name.removeprefix("no_")
         if name not in hints and hints.get(negated) is bool and not words:
             name, words = negated, ["False"]
-        name = _known_name(cls, name)
+        name = our_name(name, init_fields(cls))
         if name not in init_fields(cls):
-            raise UserError(f"unknown flag {flag}{_guess(name, init_fields(cls), flag_name)}")
+            raise UserError(
+                f"unknown flag {flag}{unknown_option(name, init_fields(cls), flag_name, _HELP)}"
+            )
         if hints[name] is bool and not words:
             words = ["True"]
         given = words[0] if len(words) == 1 else words
@@ -147,26 +151,15 @@ def _typed_values(cls: type, values: Mapping[Any, Any], source: str) -> dict[str
     known = init_fields(cls)
     typed: dict[str, Any] = {}
     for key, value in values.items():
-        name = _known_name(cls, str(key).replace("-", "_"))
+        name = our_name(str(key).replace("-", "_"), known)
         if name not in known:
-            raise UserError(f"{source}: unknown key {str(key)!r}{_guess(name, known, repr)}")
+            raise UserError(
+                f"{source}: unknown key {str(key)!r}{unknown_option(name, known, repr, _HELP)}"
+            )
         if name in typed:
             raise UserError(f"{source}: key {name!r} is given twice")
         typed[name] = _typed(value, hints[name], f"{source}: {name}")
     return typed
-
-
-def _known_name(cls: type, name: str) -> str:
-    """Our name of an option that is called otherwise elsewhere; any other name as it is."""
-    known = init_fields(cls)
-    return ALIASES[name] if name not in known and ALIASES.get(name) in known else name
-
-
-def _guess(name: str, known: Mapping[str, Any], show: typing.Callable[[str], str]) -> str:
-    if name in ANSWERS:
-        return f": {ANSWERS[name]}"
-    guess = nearest(name, known)
-    return f"; did you mean {show(guess)}?" if guess else " (--help lists them all)"
 
 
 def _typed(value: Any, hint: Any, what: str) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 
 # metadata of a field that a command line must give; None where Python leaves it to an argument
 REQUIRED = {"required": True}
+# in the metadata of one for which Python may give the thing itself instead of its name
+OBJECT = "object"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlcore.data.names import parts_of
 from rlcore.errors import UserError
 from rlcore.models.adapters import base_of_adapter, is_adapter
 from rlcore.runs import fingerprints
-from rlcore.runs.config import load_config
+from rlcore.runs.config import load_config, plain_value
 from rlcore.runs.output_dir import CONFIG_FILE, file_of_run
 from rlcore.runs.run_record import RECORD_FILE, read_record
 
@@ -60,6 +61,9 @@ def inputs_of(config: Any) -> dict[str, str]:
             given |= {f"{name} {number}": each for number, each in parts if isinstance(each, str)}
         elif isinstance(value, str):
             given[name] = value
+    for name in given:
+        if not name.startswith(MODELS):
+            given[name] = parts_of(given[name]).place
     bases = {
         f"{name}'s own model": base_of_adapter(given[name])
         for name in MODELS
@@ -108,7 +112,8 @@ def check_same_options(config: Any) -> str | None:
 def check_same_inputs(config: Any, present: Mapping[str, str]) -> None:
     """Raise UserError where data or a model holds something else than when the run began."""
     before = _recorded(config)
-    for name, place in inputs_of(config).items():
+    shown = {"dataset": _shown(config, "dataset")}  # of a mixture and of objects too
+    for name, place in (inputs_of(config) | shown).items():
         if before.get(name, present.get(name)) != present.get(name):
             raise UserError(
                 f"{config.output_dir} cannot be resumed: {name} {place} is not what the run began "
@@ -138,12 +143,13 @@ def _moved(config: Any) -> set[str]:
 
 
 def _is_same(before: Any, config: Any, name: str) -> bool:
-    old, new = getattr(before, name), getattr(config, name)
+    # an object is told by its class alone; of data the rows are compared
+    old, new = plain_value(getattr(before, name)), plain_value(getattr(config, name))
     if old == new or name not in INPUTS or not (isinstance(old, str) and isinstance(new, str)):
         return old == new
     return Path(old).exists() and Path(new).exists() and Path(old).samefile(new)
 
 
 def _shown(config: Any, name: str) -> str:
-    value = getattr(config, name)
+    value = plain_value(getattr(config, name))
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

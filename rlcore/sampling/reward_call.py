@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from rlcore.errors import UserError
 from rlcore.sampling.started import started
 from rlcore.sampling.user_code import explain
 
 RewardFunction = Callable[..., Any]  # gives N numbers, or a coroutine of them
+RewardLike: TypeAlias = "str | RewardFunction"  # or its name
 LARGEST_REWARD = 1e18  # float32 holds the sum of the squares of a batch of them
 
 

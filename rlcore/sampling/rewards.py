@@ -18,7 +18,13 @@ import torch
 
 from rlcore.errors import UserError, nearest
 from rlcore.sampling.code_reward import code_runs, completion_text
-from rlcore.sampling.reward_call import LARGEST_REWARD, RewardCall, RewardFunction, reward_name
+from rlcore.sampling.reward_call import (
+    LARGEST_REWARD,
+    RewardCall,
+    RewardFunction,
+    RewardLike,
+    reward_name,
+)
 from rlcore.sampling.user_code import import_function
 
 REGEX_SECONDS = 1.0
@@ -145,6 +151,25 @@ def load_reward(name: str) -> RewardFunction:
             f"Known: {', '.join(sorted(REWARDS))}, or package.module:function"
         )
     return import_function("reward", name)
+
+
+def as_functions(given: RewardLike | Sequence[RewardLike] | None) -> list[RewardFunction]:
+    """One reward function or several, each itself or by its name, as functions.
+
+    Raises:
+        UserError: what is no function, or a name that names none.
+    """
+    several = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    functions = [load_reward(each) if isinstance(each, str) else each for each in several]
+    for each in functions:
+        if isinstance(each, torch.nn.Module):
+            raise UserError(
+                f"reward_funcs holds a {type(each).__name__}: save the model with its tokenizer, "
+                "and name its directory as reward_model"
+            )
+        if not callable(each):
+            raise UserError(f"reward_funcs holds {each!r:.80}, which is neither function nor name")
+    return functions
 
 
 def compute_rewards(

@@ -25,7 +25,7 @@ from rlcore.data.pairs import Pair, collate_pairs, load_pairs
 from rlcore.models.forward import evaluating
 from rlcore.models.heads import without_padding
 from rlcore.models.loading import load_policy
-from rlcore.sampling.rewards import RewardFunction
+from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.dpo import DPOConfig, check_dpo_config
 from rlcore.trainers.shared.collect import Judge, collect, evaluate, make_judge, show_completions
@@ -82,7 +82,7 @@ class PairData:
 def train_dpo(
     config: DPOConfig,
     *,
-    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    reward_funcs: RewardLike | Sequence[RewardLike] | None = None,
     **given: Unpack[Given],
 ) -> Result:
     """Train `config.model` to prefer chosen to rejected: rows of {"prompt", "chosen", "rejected"}.

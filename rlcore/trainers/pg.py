@@ -19,7 +19,7 @@ import torch
 import rlcore as rl
 from rlcore.functional.advantages import leave_one_out_advantage
 from rlcore.models.loading import load_policy
-from rlcore.sampling.rewards import RewardFunction
+from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.pg import PGConfig, check_pg_config
 from rlcore.trainers.shared.collect import Sampled, collect, evaluate, make_judge
@@ -68,13 +68,13 @@ DISPLAYED = ("reward", "kl", "entropy", "tokens_per_second")
 def train_pg(
     config: PGConfig,
     *,
-    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    reward_funcs: RewardLike | Sequence[RewardLike] | None = None,
     **given: Unpack[Given],
 ) -> Result:
     """Train `config.model` on rows of {"prompt", ...} to please the reward functions.
 
     Args:
-        reward_funcs: functions besides those that `config.reward` names; one, or several.
+        reward_funcs: functions besides those that `config.reward` names; one, or several, or names.
         given: model, tokenizer, dataset, eval_dataset, callbacks, tracker: see `Given`.
 
     Returns:

@@ -21,7 +21,7 @@ import torch
 import rlcore as rl
 from rlcore.functional.kl_control import ppo_kl_coef, proportional_kl_coef
 from rlcore.models.loading import load_policy
-from rlcore.sampling.rewards import RewardFunction
+from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.ppo import PPOConfig, check_ppo_config
 from rlcore.trainers.ppo_update import update, warm_up
@@ -63,13 +63,13 @@ DISPLAYED = ("reward", "objective/kl", "entropy", "value/explained_variance", "t
 def train_ppo(
     config: PPOConfig,
     *,
-    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    reward_funcs: RewardLike | Sequence[RewardLike] | None = None,
     **given: Unpack[Given],
 ) -> Result:
     """Train `config.model` on rows of {"prompt", ...} to please the reward functions.
 
     Args:
-        reward_funcs: functions besides those that `config.reward` names; one, or several.
+        reward_funcs: functions besides those that `config.reward` names; one, or several, or names.
         given: model, tokenizer, dataset, eval_dataset, callbacks, tracker: see `Given`.
 
     Returns:

@@ -20,7 +20,7 @@ import rlcore as rl
 from rlcore.errors import UserError
 from rlcore.models.forward import completion_logits
 from rlcore.models.loading import load_policy
-from rlcore.sampling.rewards import RewardFunction
+from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.options.trpo import ADVANTAGES, TRPOConfig, check_trpo_config
@@ -71,13 +71,13 @@ DISPLAYED = ("reward", "trpo/kl", "entropy", "tokens_per_second")
 def train_trpo(
     config: TRPOConfig,
     *,
-    reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    reward_funcs: RewardLike | Sequence[RewardLike] | None = None,
     **given: Unpack[Given],
 ) -> Result:
     """Train `config.model` on rows of {"prompt", ...} to please the reward functions.
 
     Args:
-        reward_funcs: functions besides those that `config.reward` names; one, or several.
+        reward_funcs: functions besides those that `config.reward` names; one, or several, or names.
         given: model, tokenizer, dataset, eval_dataset, callbacks, tracker: see `Given`.
 
     Returns:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 
 from rlcore.errors import UserError, unknown_name
 from rlcore.models.adapters import ALL_LINEAR, is_adapter, require_peft
-from rlcore.runs.aliases import ALIASES, ANSWERS
+from rlcore.runs.checked import Checked
 from rlcore.runs.hub import check_hub
-from rlcore.runs.options import REQUIRED, default_of, init_fields
+from rlcore.runs.options import OBJECT, REQUIRED, default_of
 from rlcore.runs.output_dir import check_apart, check_output_dir
 from rlcore.runs.ranges import (
     BelowOne,
@@ -32,14 +32,14 @@ KEEP_BEST = ("auto", "none")
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """Options of every trainer."""
 
     # directory or hub name of the causal language model to start from
-    model: str = field(default=None, metadata=REQUIRED)
+    model: str = field(default=None, metadata=REQUIRED | {OBJECT: True})
     # .jsonl, .json, .csv, .parquet or .arrow file; or a directory or hub name, for its train split
     # or, as NAME:CONFIG/SPLIT, another; of several all rows
-    dataset: str | list[str] = field(default=None, metadata=REQUIRED)
+    dataset: str | list[str] = field(default=None, metadata=REQUIRED | {OBJECT: True})
     # where the model, its checkpoints and metrics.jsonl go
     output_dir: str = field(default=None, metadata=REQUIRED)
     overwrite_output_dir: bool = False  # replace output_dir's earlier run once this has finished
@@ -84,7 +84,7 @@ class TrainConfig:
     save_total_limit: Count | None = None
     # held-out rows, like dataset; of splits the held-out one. NAME=DATASET ...: several sets, each
     # measured by itself
-    eval_dataset: str | list[str] | None = None
+    eval_dataset: str | list[str] | None = field(default=None, metadata={OBJECT: True})
     eval_steps: Natural = 0  # optimizer steps between evaluations; 0: at start and end only
     # sequences, or prompts, of an evaluation at a time; None: as many as in training
     per_device_eval_batch_size: Count | None = None
@@ -102,17 +102,6 @@ class TrainConfig:
     def eval_batch_size(self) -> int:
         """Sequences, or prompts, of an evaluation that each process takes at a time."""
         return self.per_device_eval_batch_size or self.per_device_train_batch_size
-
-    def __new__(cls, *values: object, **options: object) -> TrainConfig:
-        if values:
-            raise UserError(f"the options of a {cls.__name__} are given by name: not {values[0]!r}")
-        for name in options:
-            if name not in init_fields(cls):
-                known = f"here it is {ALIASES[name]}" if name in ALIASES else ANSWERS.get(name)
-                if known is None:
-                    raise unknown_name(f"option of {cls.__name__}", name, init_fields(cls))
-                raise UserError(f"unknown option of {cls.__name__} {name!r}: {known}")
-        return super().__new__(cls)
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -164,7 +153,13 @@ def _check_adapter(config: TrainConfig) -> None:
     if not config.lora_target_modules:
         raise UserError("lora_target_modules is empty: name layers, or all-linear")
     require_peft()
-    if isinstance(config.model, str) and is_adapter(config.model):
+    if not isinstance(config.model, str):
+        if not getattr(config.model, "name_or_path", ""):
+            raise UserError(
+                "peft saves the adapter alone, and the model that was given has no name that it "
+                "could be put on again: save the model, and give its directory"
+            )
+    elif is_adapter(config.model):
         # the new adapter would name as its model one that lies nowhere
         raise UserError(
             f"model {config.model!r} is an adapter, and peft would put another on it: make it a "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from rlcore.sampling import sandbox
 from rlcore.sampling.code_reward import code_runs, code_runs_in
 from rlcore.sampling.rewards import (
     RewardFunction,
+    RewardLike,
     Rewards,
+    as_functions,
     compute_rewards,
     load_reward,
     reward_name,
@@ -79,20 +81,15 @@ def _unpadded(rollout: Rollout) -> list[list[int]]:
 
 
 def make_judge(
-    config: RewardConfig, functions: RewardFunction | Iterable[RewardFunction] | None = None
+    config: RewardConfig, functions: RewardLike | Sequence[RewardLike] | None = None
 ) -> Judge:
     """The config's rewards, and the `functions` besides; like names get a number each."""
-    if functions is not None:
-        functions = (functions,) if callable(functions) else tuple(functions)
-        for function in functions:
-            if not callable(function):
-                raise UserError(f"reward_funcs must be functions, not {function!r}")
     models = () if config.reward_model is None else (RewardModel(config.reward_model),)
     named = [load_reward(name) for name in config.reward]
     if config.code_sandbox is not None:
         sandboxed = code_runs_in(config.code_sandbox)
         named = [sandboxed if function is code_runs else function for function in named]
-    functions = (*named, *(functions or ()), *models)
+    functions = (*named, *as_functions(functions), *models)
     weights = config.reward_weights
     own = [reward_name(function) for function in functions]
     unique = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 class Callback:
-    """What one wants to hear of a run; override what one needs. The main process alone calls it."""
+    """What one wants to hear of a run; override what one needs. The main process alone calls it.
+
+    Any object will do that has one of the methods.
+    """
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """After every optimizer step, with its metrics."""
@@ -37,7 +41,7 @@ class Given(TypedDict, total=False):
     model: a transformers model to train, in place; its `config.model` is then None.
     tokenizer: the model's; None: that of the place where the model was loaded from.
     dataset, eval_dataset: a datasets.Dataset or a list of rows, dicts.
-    callbacks: Callbacks, told of steps, evaluations and saves.
+    callbacks: one Callback or several, told of steps, evaluations and saves.
     tracker: an open Tracker to log to; None makes one in `config.output_dir`.
     """
 
@@ -45,7 +49,7 @@ class Given(TypedDict, total=False):
     tokenizer: Any
     dataset: Any
     eval_dataset: Any
-    callbacks: Sequence[Callback]
+    callbacks: Callback | Sequence[Callback]
     tracker: Any
 
 
@@ -63,11 +67,30 @@ def with_objects(config: Config, given: Given) -> Config:
         for name in ("model", "dataset", "eval_dataset")
         if given.get(name) is not None
     }
+    callbacks_of(given)
     for name in objects:
         if getattr(config, name) is not None:
             named = f"in the config ({getattr(config, name)})"
             raise UserError(f"{name} is given twice, as an argument and {named}: leave one out")
     return dataclasses.replace(config, **objects)
+
+
+def callbacks_of(given: Given) -> tuple[Callback, ...]:
+    """The callbacks that were given.
+
+    Raises:
+        UserError: one that would hear of nothing.
+    """
+    found = given.get("callbacks") or ()
+    found = tuple(found) if isinstance(found, list | tuple) else (found,)
+    moments = [name for name in vars(Callback) if name.startswith("on_")]
+    for each in found:
+        if isinstance(each, type) or not any(hasattr(each, name) for name in moments):
+            raise UserError(
+                f"callbacks holds {each!r:.80}, which is no object with one of the methods "
+                f"{', '.join(moments)}: see rlcore.trainers.Callback"
+            )
+    return found
 
 
 def tokenizer_of(config: TrainConfig, given: Given) -> Any:
@@ -77,7 +100,8 @@ def tokenizer_of(config: TrainConfig, given: Given) -> Any:
         UserError: there is none, or it lacks a token that training needs.
     """
     if given.get("tokenizer") is not None:
-        return made_ready(given["tokenizer"], "tokenizer", config.eos_token)
+        # a copy: it is told on which side to pad
+        return made_ready(copy.deepcopy(given["tokenizer"]), "tokenizer", config.eos_token)
     if isinstance(config.model, str):
         return load_tokenizer(config.model, config.eos_token)
     source = config.model.config.name_or_path

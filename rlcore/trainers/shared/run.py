@@ -45,7 +45,7 @@ from rlcore.runs.tracking import Tracker
 from rlcore.trainers.options.base import TrainConfig
 from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.shared.divergence import check_sound, require_finite
-from rlcore.trainers.shared.given import Callback, Given
+from rlcore.trainers.shared.given import Callback, Given, callbacks_of
 from rlcore.trainers.shared.metrics import Log, Moments
 from rlcore.trainers.shared.stopping import StopRequest, stop_request
 
@@ -102,7 +102,8 @@ class Run:
     def tell(self, event: str, *arguments: Any) -> None:
         """Call that method of every callback, on the main process."""
         for callback in self.callbacks if self.accelerator.is_main_process else ():
-            getattr(callback, event)(*arguments)
+            if hasattr(callback, event):
+                getattr(callback, event)(*arguments)
 
     def phase(self, name: str) -> None:
         """Say on the screen what begins now."""
@@ -275,7 +276,7 @@ def tracking(run: Run, given: Given, description: str, columns: Iterable[str]) -
         # until every process has looked at the directory as it was
         run.accelerator.wait_for_everyone()
         _on_main(run.accelerator, lambda: _claim(run, held))
-        run.callbacks = given.get("callbacks") or ()
+        run.callbacks = callbacks_of(given)
         tracker = given.get("tracker") or held.enter_context(
             _own_tracker(run, description, columns)
         )
