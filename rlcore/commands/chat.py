@@ -22,6 +22,7 @@ from rlcore.models.limits import context_window
 from rlcore.models.loading import load_policy, load_tokenizer
 from rlcore.runs.ranges import Count, Natural, NotNegative, Seed, Share, check_ranges
 from rlcore.sampling.rewards import check_columns, compute_rewards
+from rlcore.trainers.options.load import LoadConfig, check_load_config
 from rlcore.trainers.options.reward import RewardConfig
 from rlcore.trainers.shared.collect import Judge, make_judge
 
@@ -29,7 +30,7 @@ PROMPT = "> "
 
 
 @dataclass(kw_only=True)
-class ChatConfig(RewardConfig):
+class ChatConfig(RewardConfig, LoadConfig):
     """Conversation."""
 
     model: str  # directory or hub name: a model, a checkpoint or an adapter
@@ -39,8 +40,6 @@ class ChatConfig(RewardConfig):
     top_k: Natural = 0  # sample from this many of the likeliest tokens; 0: all
     max_completion_length: Count = 512  # new tokens at most
     seed: Seed = 0  # of the sampling
-    bf16: bool = False  # hold the model in bfloat16
-    eos_token: str | None = None  # the tokenizer's token to end text with; None: its own eos
 
 
 def chat(config: ChatConfig, lines: Iterator[str] | None = None) -> None:
@@ -50,18 +49,18 @@ def chat(config: ChatConfig, lines: Iterator[str] | None = None) -> None:
         UserError: options, a model or a reward that do not work here.
     """
     check_ranges(config)
+    check_load_config(config)
     judge = make_judge(config)
     check_columns(judge.functions, ["prompt"], "rlcore chat")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(config.model, config.eos_token)
+    tokenizer = load_tokenizer(config.model, **config.reading)
     if config.system is not None and not tokenizer.chat_template:
         raise UserError(
             f"system is set, but the tokenizer of {config.model!r} has no chat template: a text to "
             "be completed has no system message"
         )
     judge.prepare(tokenizer, device)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_policy(config.model, dtype, dropout=False).to(device).eval()
+    model = load_policy(config.model, dropout=False, **config.loading).to(device).eval()
     torch.manual_seed(config.seed)
     if lines is None:
         lines = _typed(bool(tokenizer.chat_template)) if sys.stdin.isatty() else iter(sys.stdin)

@@ -33,6 +33,7 @@ from rlcore.runs.ranges import Count, Natural, Positive, Seed, Share, check_rang
 from rlcore.runs.samples import Sample, as_line
 from rlcore.sampling.rollout import check_sampling, generate
 from rlcore.sampling.scores import Estimate, estimate, pass_at_k
+from rlcore.trainers.options.load import LoadConfig, check_load_config
 from rlcore.trainers.options.reward import RewardConfig
 from rlcore.trainers.shared.collect import Judge, as_samples, make_judge, repeated
 from rlcore.trainers.shared.loading import load_prompt_rows
@@ -40,7 +41,7 @@ from rlcore.trainers.shared.run import mix_seed, split
 
 
 @dataclass(kw_only=True)
-class EvalConfig(RewardConfig):
+class EvalConfig(RewardConfig, LoadConfig):
     """Evaluation."""
 
     model: list[str]  # directories or hub names: models, checkpoints, adapters
@@ -62,8 +63,6 @@ class EvalConfig(RewardConfig):
     max_prompt_length: Count | None = None  # of longer prompts the last tokens stay; None: all
     max_completion_length: Count = 256  # new tokens at most
     seed: Seed = 0  # of the samples
-    bf16: bool = False  # hold the models in bfloat16
-    eos_token: str | None = None  # the tokenizer's token to end text with; None: its own eos
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ def evaluate_models(config: EvalConfig, console: Console | None = None) -> list[
 
 def _check(config: EvalConfig, judge: Judge) -> None:
     check_ranges(config)
+    check_load_config(config)
     if not config.model:
         raise UserError("model names no model: give --model DIR [DIR ...]")
     if not judge.functions:
@@ -141,13 +141,12 @@ def _answers(path: str | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 def _evaluate(config: EvalConfig, judge: Judge, name: str, write: Any) -> Evaluation:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(name, config.eos_token)
+    tokenizer = load_tokenizer(name, **config.reading)
     judge.prepare(tokenizer, device)
     rows = load_prompt_rows(config, tokenizer, judge, config.dataset, held_out=True)
     for note in rows.notes:
         print(note, file=sys.stderr)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_policy(name, dtype, dropout=False).to(device).eval()
+    model = load_policy(name, dropout=False, **config.loading).to(device).eval()
     check_sampling(model)
     check_extent(model, rows.extent, tokenizer, config.max_completion_length)
     count = min(len(rows), config.limit or len(rows))

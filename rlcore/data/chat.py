@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rlcore.errors import UserError, reason_of
+
+_VARIABLES = "_rlcore_template_variables"  # of a tokenizer: what its template is given
 
 
 def prompt_text(tokenizer: Any, prompt: str | list[dict]) -> str:
@@ -82,4 +85,10 @@ def rendered(tokenizer: Any, messages: list[dict], **options: Any) -> str:
             f"the data holds chat messages, but the tokenizer {tokenizer.name_or_path!r} has no "
             "chat template: give plain text, or set tokenizer.chat_template and save it"
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    variables = getattr(tokenizer, _VARIABLES, {})
+    return tokenizer.apply_chat_template(messages, tokenize=False, **variables, **options)
+
+
+def set_template_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """What the template is given besides the messages, whenever `rendered` uses it."""
+    setattr(tokenizer, _VARIABLES, dict(variables))

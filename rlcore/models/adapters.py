@@ -126,6 +126,10 @@ def add_lora(
             model.add_adapter(config)
     except ValueError as error:
         raise UserError(f"lora_target_modules {' '.join(names)}: {reason_of(error)}") from error
+    # a step of the optimizer is finer than half precision; what is frozen may stay in it
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     _check_merges(model)
     base = Path(getattr(model, "name_or_path", ""))
     if base.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 
+from rlcore.data.chat import set_template_variables
 from rlcore.errors import UserError, reason_of
 from rlcore.functional.finite import first_not_finite
 from rlcore.models.adapters import (
@@ -26,11 +27,19 @@ from rlcore.models.adapters import (
 from rlcore.models.forward import probe_rows, reading_fault
 
 
-def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
+def load_tokenizer(
+    name_or_path: str,
+    eos_token: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    **ready: Any,
+) -> Any:
     """The tokenizer with left padding; where it has no pad token, eos stands in for it.
 
     Args:
         eos_token: the token to end text with, of the tokenizer's own; None: the one it has.
+        trust_remote_code: run Python that comes with it.
+        ready: see `made_ready`.
 
     Raises:
         UserError: nothing loadable there, or a tokenizer with neither a pad nor an eos token, or
@@ -38,17 +47,32 @@ def load_tokenizer(name_or_path: str, eos_token: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, "tokenizer", name_or_path)
-    return made_ready(tokenizer, name_or_path, eos_token)
+    tokenizer = _load(AutoTokenizer, "tokenizer", name_or_path, trust_remote_code=trust_remote_code)
+    return made_ready(tokenizer, name_or_path, eos_token, **ready)
 
 
-def made_ready(tokenizer: Any, name: str, eos_token: str | None = None) -> Any:
+def made_ready(
+    tokenizer: Any,
+    name: str,
+    eos_token: str | None = None,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """The tokenizer itself, as `load_tokenizer` gives it; `name` is what messages call it.
+
+    Args:
+        chat_template: in place of its own; it is saved with it.
+        chat_template_kwargs: the template's variables, wherever it is used here; not saved.
 
     Raises:
         UserError: it has neither a pad nor an eos token, or not the token asked for.
     """
     tokenizer.padding_side = "left"
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if chat_template_kwargs:
+        set_template_variables(tokenizer, chat_template_kwargs)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise UserError(
@@ -62,7 +86,9 @@ def made_ready(tokenizer: Any, name: str, eos_token: str | None = None) -> Any:
     return tokenizer
 
 
-def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> Any:
+def check_tokenizer(
+    option: str, name_or_path: str, tokenizer: Any, trust_remote_code: bool = False
+) -> Any:
     """The tokenizer of the model that `option` names, which must read the policy's tokens.
 
     It may have more than those: a reward model often has a token of its own to pad with.
@@ -73,7 +99,7 @@ def check_tokenizer(option: str, name_or_path: str, tokenizer: Any) -> Any:
     Raises:
         UserError: it reads other ones.
     """
-    own = load_tokenizer(name_or_path)
+    own = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
     known = own.get_vocab()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if known.get(token) != index:
@@ -90,11 +116,13 @@ def load_policy(
     dtype: torch.dtype | str = torch.float32,
     gradient_checkpointing: bool = False,
     dropout: bool = True,
+    **options: Any,
 ) -> Any:
     """A causal language model to train; `dropout=False` switches its dropout off for good.
 
     An adapter's directory gives the model it was trained on, with the adapter merged into it; a
-    model that is loaded already is taken as it is.
+    model that is loaded already is taken as it is. `options` are attn_implementation and
+    trust_remote_code, as transformers has them.
 
     Raises:
         UserError: nothing loadable there, weights that the checkpoint lacks, a reward model, or a
@@ -105,7 +133,7 @@ def load_policy(
     if not isinstance(name_or_path, str):
         model, name = _taken(name_or_path, "lm_head", "a causal language model"), "model"
         return _policy(model, name, gradient_checkpointing, dropout)
-    model, loaded = _load_model(AutoModelForCausalLM, name_or_path, dtype=dtype)
+    model, loaded = _load_model(AutoModelForCausalLM, name_or_path, dtype=dtype, **options)
     if any(_is_new_head(name) for name in loaded.unused):
         raise UserError(
             f"{name_or_path!r} is a reward or value model (it has a {NEW_HEAD} layer), not a "
@@ -156,6 +184,7 @@ def load_classifier(
     gradient_checkpointing: bool = False,
     dropout: bool = True,
     new_head: str | None = None,
+    **options: Any,
 ) -> Any:
     """A model that gives a sequence one score, to train; otherwise like `load_policy`.
 
@@ -174,7 +203,7 @@ def load_classifier(
         _check_score(model, type(model).__name__)
         return _to_train(model, gradient_checkpointing, dropout)
     model, loaded = _load_model(
-        AutoModelForSequenceClassification, name_or_path, dtype=dtype, num_labels=1
+        AutoModelForSequenceClassification, name_or_path, dtype=dtype, num_labels=1, **options
     )
     head = _check_score(model, name_or_path)
     missing = loaded.missing
@@ -270,7 +299,9 @@ def _to_train(model: Any, gradient_checkpointing: bool, dropout: bool) -> Any:
     return model.train()
 
 
-def load_reference(name_or_path: Any, dtype: torch.dtype | str = torch.float32) -> Any:
+def load_reference(
+    name_or_path: Any, dtype: torch.dtype | str = torch.float32, **options: Any
+) -> Any:
     """A frozen causal language model in evaluation mode; of one that is loaded already a copy.
 
     Raises:
@@ -278,7 +309,7 @@ def load_reference(name_or_path: Any, dtype: torch.dtype | str = torch.float32) 
     """
     if not isinstance(name_or_path, str):
         return copy.deepcopy(name_or_path).eval().requires_grad_(False)
-    return load_policy(name_or_path, dtype, dropout=False).eval().requires_grad_(False)
+    return load_policy(name_or_path, dtype, dropout=False, **options).eval().requires_grad_(False)
 
 
 def _load(auto_class: Any, what: str, name_or_path: str, **options: Any) -> Any:
@@ -291,7 +322,8 @@ def _load(auto_class: Any, what: str, name_or_path: str, **options: Any) -> Any:
         raise UserError(f"no {what} at {name_or_path!r}: there is no such directory")
     try:
         with no_progress_bars():
-            return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **options)
+            given = {name: value for name, value in options.items() if value is not None}
+            return auto_class.from_pretrained(name_or_path, **{"trust_remote_code": False} | given)
     except Exception as error:
         # Everything from a missing file to a broken header: transformers knows many error types.
         reason = _why_not_loaded(path, error)

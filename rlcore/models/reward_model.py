@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.func import functional_call
 
 from rlcore.data.encoding import Example, collate, encode_completions, encode_prompts, up_to_end
 from rlcore.data.ends import completion_end
@@ -42,9 +43,10 @@ def sequence_scores(
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (columns * attention_mask.bool()).argmax(1)
     hidden = seen[-1][torch.arange(len(last), device=last.device), last]
-    # scores are told apart by little, which autocast would round away
+    # scores are told apart by little, which half precision would round away
+    weights = {name: parameter.float() for name, parameter in head.named_parameters()}
     with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.float()).squeeze(-1).float()
+        return functional_call(head, weights, (hidden.float(),)).squeeze(-1)
 
 
 class RewardModel:

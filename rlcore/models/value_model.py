@@ -73,22 +73,25 @@ def watched(policy: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def load_value_model(
-    name_or_path: str, tokenizer: Any, *, gradient_checkpointing: bool = False
+    name_or_path: str, tokenizer: Any, *, gradient_checkpointing: bool = False, **options: Any
 ) -> ValueModel:
     """A value model to train; a head that was not trained before starts at 0.
 
     Args:
         name_or_path: a reward or value model, or a causal language model, whose backbone is taken.
         tokenizer: the policy's.
+        options: dtype, attn_implementation, trust_remote_code: see `load_policy`.
 
     Raises:
         UserError: nothing usable there, or a model that reads other tokens.
     """
-    check_tokenizer("value_model", name_or_path, tokenizer)
+    trusted = options.get("trust_remote_code", False)
+    check_tokenizer("value_model", name_or_path, tokenizer, trusted)
     classifier = load_classifier(
         name_or_path,
         gradient_checkpointing=gradient_checkpointing,
         dropout=False,
         new_head="zero",
+        **options,
     )
     return ValueModel(classifier)

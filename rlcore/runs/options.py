@@ -39,10 +39,13 @@ def options(cls: type) -> list[Option]:
             old_text, old_group = comments.get(name, ("", group))
             comments[name] = (text or old_text, old_group)
     hints = typing.get_type_hints(cls)
-    return [
+    found = [
         Option(name, type_name(hints[name]), _default_text(field), *comments.get(name, ("", "")))
         for name, field in init_fields(cls).items()
     ]
+    # the group in which something must be given comes first
+    first = {option.group for option in found if option.default is None}
+    return sorted(found, key=lambda option: option.group not in first)
 
 
 def type_name(hint: Any) -> str:

@@ -24,12 +24,11 @@ from rlcore.data.encoding import Batch
 from rlcore.data.pairs import Pair, collate_pairs, load_pairs
 from rlcore.models.forward import evaluating
 from rlcore.models.heads import without_padding
-from rlcore.models.loading import load_policy
 from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.dpo import DPOConfig, check_dpo_config
 from rlcore.trainers.shared.collect import Judge, collect, evaluate, make_judge, show_completions
-from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
+from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import Data, load_data, load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -110,9 +109,7 @@ def train_dpo(
     if not config.online:
         data = PairData(data)
         held_out = {name: PairData(pairs) for name, pairs in held_out.items()}
-    model = load_policy(
-        config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
-    )
+    model = policy_of(config, dropout=False)
     if config.online:
         check_sampling(model)
     reference = load_wanted_reference(config, tokenizer)

@@ -18,13 +18,12 @@ import torch
 
 import rlcore as rl
 from rlcore.functional.advantages import group_advantage
-from rlcore.models.loading import load_policy
 from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig, check_grpo_config
 from rlcore.trainers.shared.collect import collect, evaluate, make_judge, note_advantages
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
+from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -84,9 +83,7 @@ def train_grpo(
     judge.prepare(tokenizer, accelerator.device)
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
-    model = load_policy(
-        config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
-    )
+    model = policy_of(config, dropout=False)
     check_sampling(model)
     reference = load_wanted_reference(config, tokenizer)
     data.check_models(tokenizer, model, reference)

@@ -18,7 +18,6 @@ import torch
 
 import rlcore as rl
 from rlcore.functional.advantages import leave_one_out_advantage
-from rlcore.models.loading import load_policy
 from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.pg import PGConfig, check_pg_config
@@ -34,7 +33,7 @@ from rlcore.trainers.shared.critic import (
     value_step,
 )
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
+from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -92,9 +91,7 @@ def train_pg(
     judge.prepare(tokenizer, accelerator.device)
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
-    model = load_policy(
-        config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
-    )
+    model = policy_of(config, dropout=False)
     check_sampling(model)
     critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
     reference = load_wanted_reference(config, tokenizer)

@@ -20,7 +20,6 @@ import torch
 
 import rlcore as rl
 from rlcore.functional.kl_control import ppo_kl_coef, proportional_kl_coef
-from rlcore.models.loading import load_policy
 from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.ppo import PPOConfig, check_ppo_config
@@ -30,7 +29,7 @@ from rlcore.trainers.shared.credit import judged_only, objective_metrics, token_
 from rlcore.trainers.shared.critic import Critic, explained_variance, load_critic, predict_values
 from rlcore.trainers.shared.divergence import require_finite
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
+from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -87,9 +86,7 @@ def train_ppo(
     judge.prepare(tokenizer, accelerator.device)
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
-    model = load_policy(
-        config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
-    )
+    model = policy_of(config, dropout=False)
     check_sampling(model)
     critic = load_critic(config, model, tokenizer)
     reference = load_wanted_reference(config, tokenizer)

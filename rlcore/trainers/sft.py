@@ -20,11 +20,10 @@ from rlcore.data.encoding import Batch, Example, collate, encode_examples
 from rlcore.data.loaded import Loaded
 from rlcore.data.loading import SFT_COLUMNS, load_rows
 from rlcore.models.forward import evaluating
-from rlcore.models.loading import load_policy
 from rlcore.runs.ranges import Length, Natural, Positive
 from rlcore.trainers.options.base import TrainConfig, check_train_config
 from rlcore.trainers.shared.collect import show_completions
-from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
+from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_data
 from rlcore.trainers.shared.metrics import Clock, Log
@@ -74,7 +73,7 @@ def train_sft(config: SFTConfig, **given: Unpack[Given]) -> Result:
     tokenizer = tokenizer_of(config, given)
     data = load_data(config, partial(_load_examples, tokenizer, config.max_length))
     examples, held_out = data.train, data.held_out
-    model = load_policy(config.model, gradient_checkpointing=config.gradient_checkpointing)
+    model = policy_of(config)
     data.check_models(tokenizer, model)
     local_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     rows = local_rows * accelerator.num_processes

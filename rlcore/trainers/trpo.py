@@ -19,7 +19,6 @@ import torch
 import rlcore as rl
 from rlcore.errors import UserError
 from rlcore.models.forward import completion_logits
-from rlcore.models.loading import load_policy
 from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.schedules import learning_rate_scale
@@ -36,7 +35,7 @@ from rlcore.trainers.shared.critic import (
 )
 from rlcore.trainers.shared.divergence import require_finite
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objects
+from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
@@ -95,9 +94,7 @@ def train_trpo(
     judge.prepare(tokenizer, accelerator.device)
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
-    model = load_policy(
-        config.model, gradient_checkpointing=config.gradient_checkpointing, dropout=False
-    )
+    model = policy_of(config, dropout=False)
     check_sampling(model)
     critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
     data.check_models(tokenizer, model, critic and critic.model)

@@ -24,6 +24,7 @@ from rlcore.runs.ranges import (
 )
 from rlcore.runs.reporting import check_report_to
 from rlcore.runs.resuming import check_same_options, inputs_of
+from rlcore.trainers.options.load import LoadConfig, check_load_config
 from rlcore.trainers.options.schedules import check_schedule
 
 FUSED_HEAD = ("on", "off")
@@ -32,7 +33,7 @@ KEEP_BEST = ("auto", "none")
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Checked):
+class TrainConfig(LoadConfig, Checked):
     """Options of every trainer."""
 
     # directory or hub name of the causal language model to start from
@@ -45,7 +46,6 @@ class TrainConfig(Checked):
     overwrite_output_dir: bool = False  # replace output_dir's earlier run once this has finished
     resume: bool = False  # go on from output_dir's last complete checkpoint
     seed: Seed = 0  # of data order, dropout and sampling
-    eos_token: str | None = None  # the tokenizer's token to end text with; None: its own eos
 
     # Optimization
 
@@ -63,7 +63,7 @@ class TrainConfig(Checked):
     adam_beta1: BelowOne = 0.9  # AdamW's first decay rate
     adam_beta2: BelowOne = 0.999  # AdamW's second decay rate
     max_grad_norm: NotNegative = 1.0  # gradients are clipped to this norm; 0: they are not
-    bf16: bool = False  # compute in bfloat16, weights stay float32
+    bf16: bool = False  # compute in bfloat16, weights stay as they are
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     fused_head: str = "on"  # losses straight from the head's input, without logits: on, off
 
@@ -110,6 +110,7 @@ def check_train_config(config: TrainConfig) -> None:
         if getattr(config, name) is None:
             raise UserError(f"{name} is not given: name it in the {type(config).__name__}")
     check_ranges(config)
+    check_load_config(config)
     check_report_to(config.report_to)
     if config.fused_head not in FUSED_HEAD:
         raise unknown_name("fused_head", config.fused_head, FUSED_HEAD)

@@ -95,6 +95,7 @@ def load_critic(config: ValueConfig, policy: Any, tokenizer: Any) -> Critic:
         config.value_model or config.model,
         tokenizer,
         gradient_checkpointing=config.gradient_checkpointing,
+        **config.loading,
     )
     return Critic(model.train(), config)
 

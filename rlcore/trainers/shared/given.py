@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
+import torch
 from typing_extensions import Unpack
 
 from rlcore.errors import UserError, unknown_name
-from rlcore.models.loading import load_tokenizer, made_ready
+from rlcore.models.loading import load_policy, load_tokenizer, made_ready
 from rlcore.trainers.options.base import TrainConfig
 
 __all__ = ["Callback", "Given", "Unpack"]
@@ -101,10 +102,36 @@ def tokenizer_of(config: TrainConfig, given: Given) -> Any:
     """
     if given.get("tokenizer") is not None:
         # a copy: it is told on which side to pad
-        return made_ready(copy.deepcopy(given["tokenizer"]), "tokenizer", config.eos_token)
+        return _ready(config, copy.deepcopy(given["tokenizer"]))
     if isinstance(config.model, str):
-        return load_tokenizer(config.model, config.eos_token)
+        return load_tokenizer(config.model, **config.reading)
     source = config.model.config.name_or_path
     if not source:
         raise UserError("tokenizer: give the model's, as it was loaded from nowhere")
-    return load_tokenizer(source, config.eos_token)
+    return load_tokenizer(source, **config.reading)
+
+
+def _ready(config: TrainConfig, tokenizer: Any) -> Any:
+    reading = {name: v for name, v in config.reading.items() if name != "trust_remote_code"}
+    return made_ready(tokenizer, "tokenizer", **reading)
+
+
+def policy_of(config: TrainConfig, *, dropout: bool = True) -> Any:
+    """The model to train, as the config says to load it; `dropout=False` switches it off.
+
+    Raises:
+        UserError: nothing loadable there, or no model to train.
+    """
+    model = load_policy(
+        config.model,
+        gradient_checkpointing=config.gradient_checkpointing,
+        dropout=dropout,
+        **config.loading,
+    )
+    dtype = next(model.parameters()).dtype
+    if dtype == torch.float16:
+        raise UserError(
+            "the model's weights are float16, whose gradients would vanish: say dtype bfloat16 or "
+            "float32"
+        )
+    return model

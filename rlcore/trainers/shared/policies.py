@@ -48,8 +48,8 @@ def load_wanted_reference(config: SamplingConfig, tokenizer: Any) -> Any | None:
     if not config.wants_reference or _reference_is_policy(config):
         return None
     if config.ref_model is not None:
-        check_tokenizer("ref_model", config.ref_model, tokenizer)
-    return load_reference(config.ref_model or config.model)
+        check_tokenizer("ref_model", config.ref_model, tokenizer, config.trust_remote_code)
+    return load_reference(config.ref_model or config.model, **config.loading)
 
 
 def _reference_is_policy(config: SamplingConfig) -> bool:
