@@ -74,7 +74,7 @@ def test_every_option_of_every_trainer_is_compared_or_may_change():
         *("resume", "overwrite_output_dir", "output_dir", "max_steps", "num_train_epochs"),
         *("logging_steps", "save_steps", "save_total_limit", "eval_dataset", "eval_steps"),
         *("report_to", "gradient_checkpointing", "keep_best", "early_stopping_patience"),
-        *("log_completions", "push_to_hub", "run_name"),
+        *("log_completions", "completions_format", "push_to_hub", "run_name"),
         *("per_device_eval_batch_size", "eval_num_generations"),
     }
     from rlcore.runs import resuming

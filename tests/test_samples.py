@@ -9,9 +9,11 @@ import math
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from helpers.tiny import save_tiny
 from rich.console import Console
 
+from rlcore.errors import UserError
 from rlcore.runs.display import Display
 from rlcore.runs.samples import Sample, append_samples, telling
 from rlcore.runs.tracking import GRPO_COLUMNS, Tracker
@@ -189,6 +191,14 @@ def test_a_run_keeps_samples_of_training_and_of_what_is_held_out(tmp_path, count
     assert best["prompt"] == worst["prompt"] and best["reward"] >= worst["reward"]
     assert best["reward"] == best["rewards"]["length"] == len(best["completion"])
     assert best["advantage"] >= worst["advantage"] and lines[0]["advantage"] is None
+    assert not (tmp_path / "run" / "completions.parquet").exists()
     # another run may take the directory over, samples and all
     train_grpo(dataclasses.replace(config, overwrite_output_dir=True), reward_funcs=[length])
     assert len(kept(tmp_path / "run")) == len(lines)
+    config = dataclasses.replace(config, overwrite_output_dir=True, completions_format="parquet")
+    train_grpo(config, reward_funcs=[length])
+    table = Dataset.from_parquet(str(tmp_path / "run" / "completions.parquet")).to_list()
+    lines = kept(tmp_path / "run")
+    assert [row | {"rewards": json.loads(row["rewards"])} for row in table] == lines
+    with pytest.raises(UserError, match="unknown completions_format 'csv'"):
+        train_grpo(dataclasses.replace(config, completions_format="csv"), reward_funcs=[length])

@@ -253,6 +253,9 @@ def test_learning_rates_by_hand(config, options, expected):
         lr_min_ratio=minimum,
         lr_decay_ratio=decay,
     )
+    as_ratio = dataclasses.replace(config, warmup_steps=0, warmup_ratio=0.2)
+    for step in range(1, 11):
+        assert learning_rate_scale(as_ratio, step, 10) == learning_rate_scale(config, step, 10)
     rates = [learning_rate_scale(config, step, 10) for step in (1, 2, 3, 5, 9)]
     if name == "warmup_stable_decay":
         rates[-1] = learning_rate_scale(config, 10, 10)
@@ -274,6 +277,7 @@ def test_learning_rates_by_hand(config, options, expected):
         ({"max_steps": 0}, "max_steps must be at least 1"),
         ({"max_steps": -1, "num_train_epochs": 0.0}, "num_train_epochs must be positive"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"warmup_steps": 2, "warmup_ratio": 0.1}, "both say how long to warm up"),
         ({"eval_steps": 5}, "no eval_dataset"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"save_total_limit": 0}, "save_total_limit must be at least 1"),

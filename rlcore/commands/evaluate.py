@@ -61,7 +61,7 @@ class EvalConfig(RewardConfig, LoadConfig):
     top_p: Share = 1.0  # sample from the likeliest tokens of this mass
     top_k: Natural = 0  # sample from this many of the likeliest tokens; 0: all
     max_prompt_length: Count | None = None  # of longer prompts the last tokens stay; None: all
-    max_completion_length: Count = 256  # new tokens at most
+    max_completion_length: Count = 512  # new tokens at most
     seed: Seed = 0  # of the samples
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlcore.errors import UserError, reason_of
-from rlcore.runs.output_dir import CARD, CONFIG_FILE, PAGE
+from rlcore.runs.output_dir import CARD, COMPLETIONS_TABLE, CONFIG_FILE, PAGE
 from rlcore.runs.run_record import read_record
 
 
@@ -43,7 +43,7 @@ def push(directory: str | Path, repository: str) -> str:
 
     directory = Path(directory)
     record = read_record(directory)
-    names = {CARD, CONFIG_FILE} | (record.written if record else set()) - {PAGE}
+    names = {CARD, CONFIG_FILE} | (record.written if record else set()) - {PAGE, COMPLETIONS_TABLE}
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)

@@ -26,6 +26,7 @@ from rlcore.runs.run_record import RECORD_FILE, is_sealed, read_record
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
+COMPLETIONS_TABLE = "completions.parquet"
 CONFIG_FILE = "training.yaml"
 PAGE = "report.html"  # for the readers of a finished run, like the card
 CARD = "README.md"  # the user's own, unless it is sealed

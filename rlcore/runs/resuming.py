@@ -24,7 +24,14 @@ START_OPTIONS = ("resume", "overwrite_output_dir")
 # what no step depends on but through how many there are
 _MAY_CHANGE = (
     *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit"),
-    *("eval_dataset", "eval_steps", "keep_best", "early_stopping_patience", "log_completions"),
+    *(
+        "eval_dataset",
+        "eval_steps",
+        "keep_best",
+        "early_stopping_patience",
+        "log_completions",
+        "completions_format",
+    ),
     *("per_device_eval_batch_size", "eval_num_generations"),
     *("report_to", "run_name", "push_to_hub", "gradient_checkpointing"),
 )

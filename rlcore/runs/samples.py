@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlcore.runs.output_dir import COMPLETIONS_FILE
+from rlcore.runs.atomic import staged_file
+from rlcore.runs.output_dir import COMPLETIONS_FILE, COMPLETIONS_TABLE
 
 
 @dataclass
@@ -57,6 +58,22 @@ def append_samples(directory: str | Path, step: int, split: str, samples: Sequen
             line = {"step": step, "split": split, **asdict(sample)}
             del line["row"]
             file.write(as_line(line) + "\n")
+
+
+def write_table(directory: str | Path) -> None:
+    """The directory's completions.jsonl as completions.parquet; prompts of messages as JSON."""
+    from datasets import Dataset
+
+    source = Path(directory) / COMPLETIONS_FILE
+    if not source.is_file():
+        return
+    rows = [json.loads(line) for line in source.open(encoding="utf-8")]
+    for row in rows:
+        row["rewards"] = json.dumps(row["rewards"])
+        if not isinstance(row["prompt"], str):
+            row["prompt"] = json.dumps(row["prompt"], ensure_ascii=False)
+    with staged_file(Path(directory) / COMPLETIONS_TABLE) as staging:
+        Dataset.from_list(rows).to_parquet(staging)
 
 
 def as_line(values: Mapping[str, Any]) -> str:

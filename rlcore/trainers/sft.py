@@ -53,6 +53,7 @@ class SFTConfig(TrainConfig):
     max_length: Length | None = 1024  # tokens of a sequence; longer ones are cut at their end
     # greedy completions of held-out prompts to show and keep in completions.jsonl
     log_completions: Natural = 3
+    completions_format: str = "jsonl"  # or parquet: at the end they are in completions.parquet too
 
 
 def train_sft(config: SFTConfig, **given: Unpack[Given]) -> Result:

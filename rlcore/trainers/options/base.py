@@ -52,6 +52,7 @@ class TrainConfig(LoadConfig, Checked):
     learning_rate: Positive = 1e-6  # its peak
     lr_scheduler_type: str = "linear"  # constant, linear, cosine or warmup_stable_decay
     warmup_steps: Natural = 0  # optimizer steps of linear warm-up
+    warmup_ratio: Fraction = 0.0  # the same as a share of all steps
     lr_min_ratio: Fraction = 0.0  # the share of the peak that the learning rate decays to
     # the last share of steps that warmup_stable_decay decays
     lr_decay_ratio: Share | None = None

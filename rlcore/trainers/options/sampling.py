@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlcore.errors import UserError
+from rlcore.errors import UserError, unknown_name
 from rlcore.runs.ranges import Count, Natural, NotNegative, Positive, Share
 from rlcore.trainers.options.base import TrainConfig, check_train_config
 from rlcore.trainers.options.reward import RewardConfig
+
+COMPLETIONS_FORMATS = ("jsonl", "parquet")
 
 
 @dataclass(kw_only=True)
@@ -17,13 +19,14 @@ class SamplingConfig(RewardConfig, TrainConfig):
     prompt_column: str = "prompt"  # what the column of the prompts is called in the data
     num_generations: Count = 1  # completions a prompt
     max_prompt_length: Count | None = 512  # of longer prompts the last tokens stay; None: all
-    max_completion_length: Count = 256  # new tokens at most
+    max_completion_length: Count = 512  # new tokens at most
     temperature: Positive = 1.0  # of sampling, and of the policy that is trained
     top_p: Share = 1.0  # sample from the likeliest tokens of this mass
     top_k: Natural = 0  # sample from this many of the likeliest tokens; 0: all
     # sampled completions of each held-out prompt, for mean@k and pass@k beside the greedy one's
     eval_num_generations: Natural = 0
     log_completions: Natural = 3  # completions of a batch to show and keep in completions.jsonl
+    completions_format: str = "jsonl"  # or parquet: at the end they are in completions.parquet too
 
     # Use of the rewards
 
@@ -74,6 +77,8 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
         weight: the option that, where it is not 0, makes a reference wanted.
     """
     check_train_config(config)
+    if config.completions_format not in COMPLETIONS_FORMATS:
+        raise unknown_name("completions_format", config.completions_format, COMPLETIONS_FORMATS)
     if config.peft is not None and config.lora_dropout:
         raise UserError(
             "lora_dropout must be 0 here: a policy's ratio to its older self means nothing where "

@@ -45,6 +45,11 @@ def check_schedule(config: TrainConfig) -> None:
     name = config.lr_scheduler_type
     if name not in DECAYS:
         raise unknown_name("lr_scheduler_type", name, DECAYS)
+    if config.warmup_ratio and config.warmup_steps:
+        raise UserError(
+            f"warmup_ratio {config.warmup_ratio} and warmup_steps {config.warmup_steps} both say "
+            "how long to warm up: give one of them"
+        )
     if config.lr_min_ratio and DECAYS[name] is _constant:
         raise UserError(f"lr_min_ratio has no meaning for lr_scheduler_type {name!r}")
     if (config.lr_decay_ratio is not None) != (name == STABLE_DECAY):
@@ -56,7 +61,7 @@ def check_schedule(config: TrainConfig) -> None:
 
 def learning_rate_scale(config: TrainConfig, step: int, total: int) -> float:
     """The share of the peak learning rate that optimizer step `step` of `total` takes (from 1)."""
-    warmup = config.warmup_steps
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
     if step <= warmup:
         return step / warmup
     start = warmup

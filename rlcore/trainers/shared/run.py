@@ -40,7 +40,7 @@ from rlcore.runs.resuming import (
     fingerprints_of,
 )
 from rlcore.runs.run_record import note_facts, note_start, note_written, read_record
-from rlcore.runs.samples import Sample
+from rlcore.runs.samples import Sample, write_table
 from rlcore.runs.tracking import Tracker
 from rlcore.trainers.options.base import TrainConfig
 from rlcore.trainers.options.schedules import learning_rate_scale
@@ -490,8 +490,10 @@ def _write_up(run: Run) -> None:
     directory = Path(run.config.output_dir)
     if not (directory / output_dir.METRICS_FILE).is_file():
         return  # the caller's own tracker keeps them elsewhere
-    note_written(directory, [output_dir.PAGE])
+    note_written(directory, [output_dir.PAGE, output_dir.COMPLETIONS_TABLE])
     try:
+        if getattr(run.config, "completions_format", None) == "parquet":
+            write_table(directory)
         finished = read_run(directory)
         write_card(finished, directory / output_dir.CARD)
         write_page([finished], directory / output_dir.PAGE)
