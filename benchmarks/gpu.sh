@@ -78,7 +78,7 @@ if [[ $DEVICE == cuda ]]; then
     other_tests+=(linear_low_precision compiled_heads natural_gradient search_heads)
     other_tests+=(categorical categorical_kernels scan scan_kernels surrogates)
 else
-    sets=(quick) large=(gae/forward/float32/B=8,T=200)
+    sets=(check) large=(gae/forward/float32/B=8,T=200)
     row_tests=(layers) other_tests=(doctor)
 fi
 export -f tests sanitize

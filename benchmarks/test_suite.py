@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlcore.bench.cases import head, quick, rows
+from rlcore.bench.cases import check, head, rows
 from rlcore.bench.checking import TOLERANCES, Truth, call, with_leaves
 from rlcore.bench.contestants.rows import contestants
 from rlcore.bench.operations import OPERATIONS
 
 CPU = torch.device("cpu")
-CASES = [case for case in quick() if case.op == "gae"]
+CASES = [case for case in check() if case.op == "gae"]
 for dtype in ("float32", "bfloat16"):
     for op in ("token_logprob", "token_logp", "policy_loss", "categorical_kl"):
         CASES.append(rows(op, dtype, 32, 32000))

@@ -13,7 +13,7 @@ import torch
 from helpers import DEVICE
 
 from rlcore.bench import checking, floors, memory, run, timing
-from rlcore.bench.cases import SETS, Case, quick, rows, select
+from rlcore.bench.cases import SETS, Case, check, rows, select
 from rlcore.bench.contestants import rows as contestants
 from rlcore.bench.contestants.rows import CONTESTANTS, Contestant
 from rlcore.bench.operations import OPERATIONS
@@ -45,15 +45,15 @@ def error_of(case: Case, contestant: Contestant) -> float:
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("case", list(quick()), ids=lambda case: case.key)
-def test_both_backends_are_right_in_every_quick_case(case, backend):
+@pytest.mark.parametrize("case", list(check()), ids=lambda case: case.key)
+def test_both_backends_are_right_in_every_small_case(case, backend):
     error = error_of(case, contestants.contestants(case.op)[f"rlcore {backend}"])
     assert error <= (1e-5 if case.dtype == "float32" else 5e-3)
 
 
 PEERS = [
     (case, name)
-    for case in quick()
+    for case in check()
     for name, contestant in contestants.contestants(case.op).items()
     if case.dtype == "float32" and not name.startswith(("rlcore", "torch.compile"))
     and not contestant.needs_gpu
@@ -178,7 +178,7 @@ def test_unknown_cases_and_contestants_are_named():
     with pytest.raises(UserError, match=r"unknown case 'token_logprop'\. Did you mean"):
         select(["token_logprop"])
     with pytest.raises(UserError, match="unknown contestant 'tlr'"):
-        run.run_bench(run.BenchConfig(cases=["quick"], contestants=["tlr"], device="cpu"))
+        run.run_bench(run.BenchConfig(cases=["check"], contestants=["tlr"], device="cpu"))
     with pytest.raises(UserError, match="--device must be cpu or cuda"):
         run.run_bench(run.BenchConfig(device="tpu"))
 
@@ -266,8 +266,29 @@ def test_steps_of_both_trainers_have_the_exact_gradient():
 
 def test_the_bench_command_takes_cases_as_words(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "rlcore", "bench", "quick", "gae", "--dry-run"]
+    command = [sys.executable, "-m", "rlcore", "bench", "check", "gae", "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and lines[0] == next(quick()).key, done.stderr
+    assert done.returncode == 0 and lines[0] == next(check()).key, done.stderr
     assert "gae/forward/float32/B=256,T=4096" in lines and not list(tmp_path.iterdir())
+    assert "gae/forward/float32/B=64,T=32768" not in lines, "of a GPU's set"
+    assert lines[-1].startswith(f"{len(lines) - 1} cases, ") and "at most about" in lines[-1]
+
+
+def test_an_operations_name_means_its_cases_of_the_devices_set():
+    for device in ("cpu", "gpu"):
+        wanted = [case for case in SETS[device]() if case.op == "token_logp"]
+        assert select(["token_logp"], device) == wanted and wanted
+    assert all(case.op != "token_logprob" for case in select(["token_logp"]))
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ((0, 39, 39, 0, 0.0), "case 1 of 39"),
+        ((7, 39, 32, 7, 52.5), "case 8 of 39, about 4 min left"),
+        ((37, 39, 2, 10, 100.0), "case 38 of 39, about 20 s left"),
+    ],
+)
+def test_the_bench_says_where_it_is_and_what_is_left(told, said):
+    assert run._progress(*told) == said

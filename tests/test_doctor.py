@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from rlcore.bench import doctor
-from rlcore.bench.cases import quick
+from rlcore.bench.cases import check
 from rlcore.bench.contestants.rows import CONTESTANTS, Contestant
 
 
@@ -24,7 +24,7 @@ def said(config: doctor.DoctorConfig = doctor.DoctorConfig()) -> tuple[int, str]
 def test_all_is_well_here_and_every_operation_is_checked():
     status, text = said()
     assert status == 0 and "broken" not in text
-    for op in {case.op for case in quick()}:
+    for op in {case.op for case in check()}:
         assert f"{op}: error against float64" in text
     assert "backend 'torch' serves" in text or torch.cuda.is_available()
 

@@ -81,8 +81,8 @@ LOGIT_OPS += ("cross_entropy", "categorical_kl")
 HEAD_OPS = ("linear_token_logprob", "linear_policy_loss", "linear_cross_entropy", "linear_dpo")
 
 
-def quick() -> Iterator[Case]:
-    """Every operation, small: what `doctor` and the tests run."""
+def check() -> Iterator[Case]:
+    """Every operation, small: what is wrong shows in seconds; times at these sizes say nothing."""
     for dtype in ("float32", "bfloat16"):
         for op in LOGIT_OPS:
             yield rows(op, dtype, 16, 1031)
@@ -160,12 +160,16 @@ def cpu_scaling() -> Iterator[Case]:
         yield rows("token_logprob", "float32", 32, vocabulary)
 
 
-SETS = {"quick": quick, "cpu": cpu, "gpu": gpu, "large": large, "scaling": scaling}
+SETS = {"check": check, "cpu": cpu, "gpu": gpu, "large": large, "scaling": scaling}
 SETS["cpu-scaling"] = cpu_scaling
 
 
-def select(names: Sequence[str]) -> list[Case]:
+def select(names: Sequence[str], device: str = "cpu") -> list[Case]:
     """The cases of the named sets, or those whose key is or starts with a name; each once.
+
+    Args:
+        device: "cpu" or "gpu": of an operation's cases those of this set are meant, where the set
+            has some.
 
     Raises UserError where a name is neither a set nor the start of a case's key.
     """
@@ -173,6 +177,9 @@ def select(names: Sequence[str]) -> list[Case]:
     chosen: dict[Case, None] = {}
     for name in names:
         found = list(SETS[name]()) if name in SETS else _matching(name, every)
+        if name in {case.op for case in every}:
+            own = [case for case in SETS[device]() if case.op == name]
+            found = own or [case for case in found if case.op == name]
         chosen |= dict.fromkeys(found)
     return list(chosen)
 

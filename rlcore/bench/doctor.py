@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlcore.bench import machine
-from rlcore.bench.cases import Case, quick
+from rlcore.bench.cases import Case, check
 from rlcore.bench.checking import TOLERANCES, Truth, call, with_leaves
 from rlcore.bench.contestants.rows import contestants
 from rlcore.bench.operations import OPERATIONS
@@ -32,6 +32,7 @@ SHIPPED_TOGETHER = {
     (2, 15): (3, 9),
 }
 OLDEST = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 0)}
+PEERS = ("trl", "verl", "openrlhf", "liger-kernel", "torchrl", "vllm")
 OLDEST_CAPABILITY = (8, 0)
 SIGNS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "broken": ("broken", "bold red")}
 
@@ -110,6 +111,9 @@ def versions() -> Iterator[Finding]:
         else:
             yield Finding("ok", f"{name} {found}")
     yield from pair(machine.version("torch"), machine.version("triton"))
+    found = {name: machine.version(name) for name in PEERS}
+    here = [f"{name} {version}" for name, version in found.items() if version]
+    yield Finding("ok", f"peers: {', '.join(here) or 'none is installed'}")
 
 
 def pair(torch_version: str | None, triton_version: str | None) -> Iterator[Finding]:
@@ -177,7 +181,7 @@ def kernels() -> Iterator[Finding]:
         return
     begun = time.perf_counter()
     worst: dict[str, list[tuple[Case, float | str]]] = {}
-    for case in quick():
+    for case in check():
         worst.setdefault(case.op, []).append((case, self_check(case, name, device)))
     for op, found in worst.items():
         bad = [f"{c.dtype}: {e if isinstance(e, str) else f'error {e:.1e}'}" for c, e in found

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -29,14 +29,15 @@ from rlcore.runs.ranges import Count, NotNegative, Range, check_ranges
 
 # below so many logits, what a call takes is the host's time to issue it
 MOST_IDLE_LOGITS = 1 << 16
+GPU_SECONDS = 1.0  # a contestant in a case: 300 ms of calls, a warm-up, and its check
 
 
 @dataclass
 class BenchConfig:
     """Benchmark"""
 
-    # sets (quick, cpu, gpu, large, scaling, cpu-scaling), operations or whole cases; default: cpu
-    # or gpu, by the device
+    # sets (check, cpu, gpu, large, scaling, cpu-scaling), operations or whole cases; default: cpu
+    # or gpu, by the device, of which an operation's cases are taken too
     cases: list[str] = field(default_factory=list)
     # only these (rlcore-triton, trl-chunked, ...); default: all
     contestants: list[str] = field(default_factory=list)
@@ -58,7 +59,7 @@ class BenchConfig:
     compile: bool = False
     # peak memory (on a CPU in a fresh process each, seconds apiece)
     memory: bool = True
-    # list the cases and stop
+    # list the cases and what they cost, and stop
     dry_run: bool = False
 
 
@@ -81,19 +82,24 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Results | 
     check_ranges(config)
     console = console or Console()
     device = _device(config.device)
-    cases = select(config.cases or [device.type.replace("cuda", "gpu")])
+    of_device = device.type.replace("cuda", "gpu")
+    cases = select(config.cases or [of_device], of_device)
     if config.dry_run:
-        for case in cases:
-            console.print(case.key, highlight=False)
+        for line in _cost(config, device, cases):
+            console.print(line, highlight=False, soft_wrap=True)
         return None
     _check_names(config.contestants)
     torch.set_num_threads(config.threads if device.type == "cpu" else torch.get_num_threads())
     path = Path(config.output) if config.output else default_output(device)
     run = _open(config, device, path, cases)
-    done, begun = set(run.cases), time.perf_counter()
+    done, begun, measured = set(run.cases), time.perf_counter(), 0
     for number, case in enumerate(cases):
         if case.key in done:
             continue
+        left = sum(each.key not in done for each in cases[number:])
+        passed = time.perf_counter() - begun
+        console.print(_progress(number, len(cases), left, measured, passed), style="dim")
+        measured += 1
         if time.perf_counter() - begun > config.limit_seconds:
             console.print(f"stopped at the time limit, {len(cases) - number} cases left: --resume")
             return run
@@ -104,6 +110,35 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Results | 
     run.save(path)
     console.print(f"written to {path}", highlight=False)
     return run
+
+
+def _progress(number: int, count: int, left: int, measured: int, passed: float) -> str:
+    """case 8 of 39, about 4 min left: as long a case as those before took."""
+    place = f"case {number + 1} of {count}"
+    return f"{place}, about {_minutes(passed / measured * left)} left" if measured else place
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _cost(config: BenchConfig, device: torch.device, cases: Sequence[Case]) -> Iterator[str]:
+    """Each case, then how long all may take and how much memory the largest wants."""
+    yield from (case.key for case in cases)
+    entrants = {case: len(contestants(case.op)) for case in cases if case.op in OPERATIONS}
+    widest = max(
+        (case.N * case.V * getattr(torch, case.dtype).itemsize for case in cases), default=0
+    )
+    if device.type == "cpu":
+        # the rounds stop at case_seconds; the check of each contestant and its memory come besides
+        most = _minutes(config.case_seconds * len(cases))
+        time_taken = f"at most about {most} of rounds, and a check of each contestant"
+    else:
+        time_taken = f"about {_minutes(sum(entrants.values()) * GPU_SECONDS)}"
+    yield (
+        f"{len(cases)} cases, {sum(entrants.values())} times of contestants: {time_taken}; the "
+        f"largest logits are {widest / 2**20:.0f} MiB"
+    )
 
 
 def default_output(device: torch.device) -> Path:
