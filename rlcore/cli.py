@@ -90,8 +90,10 @@ def _end_of_run(name: str, config: Any, result: Any) -> Iterator[str]:
         yield f"the model that did best on what is held out is in {best}"
     held_out = [place for option, place in inputs_of(config).items() if "eval_dataset" in option]
     if getattr(config, "reward", None) and held_out:
+        column = config.prompt_column
         yield (
             f"next: rlcore eval {config.model} {best} --dataset {' '.join(held_out)} "
+            f"{'' if column == 'prompt' else f'--prompt-column {column} '}"
             f"--reward {' '.join(config.reward)} "
             f"--max-completion-length {config.max_completion_length}"
         )
@@ -135,11 +137,9 @@ def _find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     words = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     for count in range(len(words), 0, -1):
         name = " ".join(words[:count])
-        if name in NOT_YET:
-            raise UserError(f"`rlcore {name}` does not exist yet: {NOT_YET[name]}")
-        ours, first = OTHER_NAMES.get(name, (name, []))
-        if ours in COMMANDS:
-            return ours, first + arguments[count:]
+        if name in COMMANDS:
+            return name, arguments[count:]
+        _answer_command(name)
     name, flags = " ".join(words), arguments[len(words) :]
     members = [command for command in COMMANDS if command.startswith(f"{name} ")]
     if (not name or members) and (not flags or {"-h", "--help"} & set(flags)):
@@ -147,6 +147,15 @@ def _find_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     if members:
         raise UserError(f"`rlcore {name}` needs one of its commands: {', '.join(members)}")
     raise unknown_name("command", name or flags[0], COMMANDS)
+
+
+def _answer_command(name: str) -> None:
+    """Raise UserError for a command that other libraries have, with or without `train`."""
+    for known in (name, f"train {name}"):
+        if known in OTHER_NAMES:
+            raise UserError(f"`rlcore {name}` is `rlcore {OTHER_NAMES[known]}` here")
+        if known in NOT_YET:
+            raise UserError(f"`rlcore {name}` does not exist yet: {NOT_YET[known]}")
 
 
 def _name_positionals(command: Command, flags: list[str]) -> list[str]:

@@ -84,6 +84,8 @@ def test_boolean_flags_switch_on_and_off(tmp_path):
     assert load_config(Config, path).bf16 is True
     assert load_config(Config, path, ["--no-bf16"]).bf16 is False
     assert load_config(Config, None, ["--model", "a", "--bf16"]).bf16 is True
+    assert load_config(Config, None, ["--model", "a", "--bf16", "true"]).bf16 is True
+    assert load_config(Config, path, ["--bf16=false"]).bf16 is False
 
 
 def test_lists_take_several_words_negative_numbers_and_none():

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from helpers.tiny import in_another_order, save_tiny
+from helpers.tiny import most_of, save_tiny
 
 import rlcore as rl
 from rlcore.data.pairs import collate_pairs, load_pairs
@@ -126,7 +126,7 @@ def test_it_learns_to_prefer_on_held_out_pairs_too(tmp_path, pairs):
     config = make_config(
         tmp_path,
         pairs,
-        eval_dataset=in_another_order(pairs),
+        eval_dataset=most_of(pairs),
         max_steps=12,
         learning_rate=3e-3,
         beta=0.5,
@@ -143,7 +143,7 @@ def test_it_learns_to_prefer_on_held_out_pairs_too(tmp_path, pairs):
 @pytest.mark.parametrize("loss_type", ["simpo", "orpo", "ipo_avg", "aot", "hinge"])
 def test_other_losses_train(tmp_path, pairs, loss_type):
     config = make_config(tmp_path, pairs, loss_type=[loss_type], max_steps=6, learning_rate=3e-3)
-    config.max_steps, config.eval_dataset = 6, in_another_order(pairs)
+    config.max_steps, config.eval_dataset = 6, most_of(pairs)
     train_dpo(config)
     lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert lines[-1]["eval/loss"] < lines[0]["eval/loss"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import content, grpo_config, killed, sft_config, write_rows
-from helpers.tiny import in_another_order
+from helpers.tiny import most_of
 
 from rlcore.cli import main
 from rlcore.errors import UserError
@@ -150,7 +150,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_one_it_was_to_replace
         return [0.0] * len(completions)
 
     again = dataclasses.replace(
-        config, overwrite_output_dir=True, eval_dataset=in_another_order(config.dataset), seed=1
+        config, overwrite_output_dir=True, eval_dataset=most_of(config.dataset), seed=1
     )
     with pytest.raises(Exception, match="no such luck"):
         train_grpo(again, reward_funcs=[raises])

@@ -154,12 +154,18 @@ def test_one_object_with_one_of_the_methods_is_a_callback(model, tmp_path):
     assert steps.seen == [1, 2]
 
 
-def test_a_model_in_bfloat16_is_trained_in_float32_and_a_tokenizer_stays_as_it_is(model, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "trained"),
+    [("float32", torch.float32), ("auto", torch.bfloat16), ("bfloat16", torch.bfloat16)],
+)
+def test_a_model_is_trained_in_the_dtype_asked_for_and_a_tokenizer_stays_as_it_is(
+    model, tmp_path, dtype, trained
+):
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
-    config = SFTConfig(output_dir=tmp_path / "run", max_steps=1)
+    config = SFTConfig(output_dir=tmp_path / "run", max_steps=1, dtype=dtype)
     train_sft(config, model=policy, tokenizer=tokenizer, dataset=ROWS)
-    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in policy.parameters()} == {trained}
     assert tokenizer.padding_side == "right"
 
 
@@ -274,13 +280,18 @@ def test_an_object_that_is_no_policy_is_refused(model, tmp_path, given, said):
         )
 
 
-def test_a_value_model_cannot_be_made_of_an_object(model, tmp_path):
+def test_a_value_model_of_its_own_starts_from_the_object_too(model, tmp_path):
+    def trained(name, **given):
+        config = PPOConfig(output_dir=tmp_path / name, max_steps=1, **SAMPLING)
+        train_ppo(config, dataset=ROWS, reward_funcs=length, **given)
+        return AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / name / "value_model"
+        ).state_dict()
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
     policy = AutoModelForCausalLM.from_pretrained(model)
-    with pytest.raises(UserError, match=r"value_model is not given.*value_backbone shared"):
-        train_ppo(
-            PPOConfig(output_dir=str(tmp_path / "run"), **SAMPLING),
-            model=policy, dataset=ROWS, reward_funcs=length,
-        )  # fmt: skip
+    given, named = trained("a", model=policy, tokenizer=tokenizer), trained("b", model=model)
+    assert all(torch.equal(named[name], value) for name, value in given.items())
 
 
 @pytest.mark.parametrize(

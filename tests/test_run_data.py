@@ -368,13 +368,18 @@ def test_nested_values_reach_training_text_and_rewards_as_they_are(tmp_path, cha
 
 
 @pytest.mark.parametrize("cls", [SFTConfig, GRPOConfig])
-def test_held_out_rows_that_are_the_training_rows_are_refused(tmp_path, gpt2, cls):
-    rows = demonstrations((1, 1), (2, 2))
-    copy_of_them = write(tmp_path, rows, "copy.jsonl")
-    others = write(tmp_path, demonstrations((1, 1), (2, 3)), "others.jsonl")
+def test_held_out_rows_that_are_the_training_rows_are_refused_and_others_counted(
+    tmp_path, gpt2, cls
+):
+    rows = demonstrations((1, 1), (2, 2), (3, 3))
+    in_another_order = write(tmp_path, rows[::-1], "copy.jsonl")
     with pytest.raises(UserError, match=r"copy\.jsonl holds the rows of dataset .*rows\.jsonl"):
-        run(cls, tmp_path, gpt2, rows, eval_dataset=copy_of_them)
+        run(cls, tmp_path, gpt2, rows, eval_dataset=in_another_order)
     assert not (tmp_path / "run").exists()
+    some = write(tmp_path, rows[1:] + demonstrations((4, 4)), "some.jsonl")
+    (note,) = run(cls, tmp_path, gpt2, rows, eval_dataset=some)
+    assert note == f"{some}: 2 of 3 held-out rows are among those to train on"
+    others = write(tmp_path, demonstrations((1, 2), (2, 3)), "others.jsonl")
     options = {"eval_dataset": others, "output_dir": f"{tmp_path}/again"}
     assert run(cls, tmp_path, gpt2, rows, **options) == []
 

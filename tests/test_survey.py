@@ -61,7 +61,7 @@ def _pairs_by_hand(paths, model, directory, seed):
         {"prompt": row["prompt"], "chosen": f"{row['first_step']}, 1+1=2", "rejected": " 1"}
         for row in rows
     ]
-    for path, some in ((written.train, pairs), (written.test, pairs[::-1])):
+    for path, some in ((written.train, pairs), (written.test, pairs[:-1])):
         path.write_text("".join(json.dumps(pair) + "\n" for pair in some))
     return written
 

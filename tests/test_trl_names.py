@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,22 +13,32 @@ from helpers.tiny import save_tiny
 from rlcore.cli import main
 from rlcore.data.loading import load_rows
 from rlcore.errors import UserError
-from rlcore.runs.aliases import ALIASES, ANSWERS
+from rlcore.runs.aliases import ALIASES, ANSWERS, FOLDED, OF_OTHERS
 from rlcore.runs.config import load_config
 from rlcore.runs.options import init_fields
 from rlcore.runs.tracking import read_metrics
 from rlcore.sampling.rewards import load_reward
-from rlcore.trainers.dpo import DPOConfig
-from rlcore.trainers.grpo import GRPOConfig
-from rlcore.trainers.ppo import PPOConfig
-from rlcore.trainers.sft import SFTConfig
+from rlcore.trainers import (
+    DPOConfig,
+    GRPOConfig,
+    PGConfig,
+    PPOConfig,
+    RewardModelConfig,
+    RLOOConfig,
+    SFTConfig,
+    train_dpo,
+    train_reward_model,
+    train_sft,
+)
+from rlcore.trainers.options.base import check_train_config
 
 CONFIGS = (SFTConfig, GRPOConfig, PPOConfig, DPOConfig)
 
 
 def test_each_other_name_is_no_name_of_ours_and_leads_to_one():
     ours = {name for cls in CONFIGS for name in init_fields(cls)}
-    assert not ours & (ALIASES.keys() | ANSWERS.keys()) and set(ALIASES.values()) <= ours
+    assert not ours & (ALIASES.keys() | ANSWERS.keys() | FOLDED.keys())
+    assert set(ALIASES.values()) | OF_OTHERS.keys() <= ours
 
 
 def test_flags_and_yaml_take_trls_names(tmp_path):
@@ -48,6 +59,10 @@ def test_one_option_under_two_names_is_given_twice(tmp_path):
 def test_a_name_is_not_taken_where_ours_has_no_meaning():
     with pytest.raises(UserError, match="unknown flag --reward-funcs"):
         load_config(SFTConfig, None, ["--reward-funcs", "a"])
+    with pytest.raises(UserError, match="unknown flag --epsilon: grpo has it; ppo has cliprange"):
+        load_config(PPOConfig, None, ["--epsilon", "0.1"])
+    with pytest.raises(UserError, match="unknown flag --vllm_mode: completions are sampled in"):
+        load_config(GRPOConfig, None, ["--vllm_mode", "colocate"])
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -102,6 +117,7 @@ def test_rloo_trains_with_the_leave_one_out_baseline_from_several_files(home):
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     assert main(["train", "rloo", *words, "--dataset", "rows.jsonl", "more.jsonl"]) == 0
     config = (home / "run" / "training.yaml").read_text()
+    assert "beta: 0.05" in config
     assert "baseline: leave_one_out" in config and "num_generations: 4" in config
     assert "- rows.jsonl\n- more.jsonl" in config
     assert len(read_metrics(home / "run" / "metrics.jsonl")) == 1
@@ -110,16 +126,94 @@ def test_rloo_trains_with_the_leave_one_out_baseline_from_several_files(home):
     assert len(read_metrics(home / "run" / "metrics.jsonl")) == 2
 
 
-def test_kto_is_answered(capsys):
-    assert main(["train", "kto", "--model", "x"]) == 2
-    assert "`rlcore train kto` does not exist yet: use `train dpo`" in capsys.readouterr().err
+def test_rloo_has_trls_defaults_below_yaml_and_flags(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: m\ndataset: d\noutput_dir: o\nnum_generations: 8\n")
+    config = load_config(RLOOConfig, tmp_path / "c.yaml", ["--beta", "0.1"])
+    assert isinstance(config, PGConfig)
+    assert (config.baseline, config.num_generations, config.beta) == ("leave_one_out", 8, 0.1)
+    assert (RLOOConfig().num_generations, RLOOConfig().beta) == (2, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train kto", "`rlcore train kto` does not exist yet: use `train dpo`"),
+        ("kto", "`rlcore kto` does not exist yet"),
+        ("train orpo", "`rlcore train orpo` is `rlcore train dpo --loss-type orpo`"),
+        ("train gkd", "does not exist yet"),
+        ("train rlo", "Did you mean 'train rloo'?"),
+    ],
+)
+def test_commands_of_trl_are_answered(command, said, capsys):
+    assert main([*command.split(), "--model", "x"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_rloo_is_in_the_list_of_commands(capsys):
+    assert main(["train", "--help"]) == 0
+    assert "train rloo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--dataset_train_split", "test"], "d:/test"),
+        (["--dataset_config", "main"], "d:main"),
+        (["--dataset_config", "main", "--dataset_train_split", "train[:5%]"], "d:main/train[:5%]"),
+    ],
+)
+def test_configuration_split_and_adapter_become_part_of_our_options(tmp_path, flags, name):
+    (tmp_path / "c.yaml").write_text("model: m\ndataset_name: d\noutput_dir: o\n")
+    config = load_config(SFTConfig, tmp_path / "c.yaml", [*flags, "--use_peft"])
+    assert (config.dataset, config.peft) == (name, "lora")
+    assert load_config(SFTConfig, tmp_path / "c.yaml", ["--use_peft", "false"]).peft is None
+
+
+@pytest.mark.parametrize("dataset", [["a", "b"], ["a:main"]])
+def test_a_configuration_belongs_to_one_data_set_without_one(dataset):
+    flags = ["--model", "m", "--output-dir", "o", "--dataset", *dataset, "--dataset-config", "c"]
+    with pytest.raises(UserError, match="parts of one data set's name"):
+        load_config(SFTConfig, None, flags)
+
+
+def test_a_mixture_is_a_list_in_ours_and_in_trls_yaml(tmp_path):
+    path = tmp_path / "c.yaml"
+    start = "model: m\noutput_dir: o\n"
+    path.write_text(start + "dataset:\n- a.jsonl\n- b:main/train\n")
+    assert load_config(SFTConfig, path).dataset == ["a.jsonl", "b:main/train"]
+    path.write_text(start + "datasets:\n- path: a\n  name: c\n  split: test\n- path: b\n")
+    assert load_config(SFTConfig, path).dataset == ["a:c/test", "b"]
+    path.write_text(start + "datasets:\n- path: a\n  columns: [prompt]\n")
+    with pytest.raises(UserError, match="path with name and split, without columns"):
+        load_config(SFTConfig, path)
+
+
+def test_output_inside_of_a_data_set_is_refused_whatever_is_wanted_of_it(folder):
+    config = SFTConfig(model="m", dataset=["hub/name", "data:hard/train"], output_dir="data/run")
+    with pytest.raises(UserError, match="output_dir data/run lies in dataset 2 data"):
+        check_train_config(config)
+
+
+@pytest.mark.parametrize(("cls", "rest"), [
+    (SFTConfig, {"completion": " 2"}), (DPOConfig, {"chosen": " 2", "rejected": " 3"}),
+    (RewardModelConfig, {"chosen": " 2", "rejected": " 3"}),
+])  # fmt: skip
+def test_every_trainer_takes_its_prompts_from_another_column(home, cls, rest):
+    train = {SFTConfig: train_sft, DPOConfig: train_dpo, RewardModelConfig: train_reward_model}[cls]
+    rows = [{"question": f"{n}+1"} | rest for n in range(4)]
+    config = cls(model="model", output_dir="run", max_steps=1, prompt_column="question")
+    assert train(config, dataset=rows).steps == 1
+    with pytest.raises(UserError, match="'question' is no column of the data, but 'prompt'"):
+        train(dataclasses.replace(config, output_dir="other"), dataset=[{"prompt": "1"} | rest])
 
 
 def test_another_column_can_be_the_prompt(home):
     rows = load_rows("rows.jsonl", prompt_column="question")
     assert rows[0] == {"prompt": "0+1"} and rows[[1, 2]] == {"prompt": ["1+1", "2+1"]}
     assert rows.where(3) == "rows.jsonl, line 4" and rows.column_names == ["prompt"]
-    with pytest.raises(UserError, match=r"needs the column 'prompt'.*columns found: 'question'"):
+    with pytest.raises(
+        UserError, match=r"prompt_column 'problem' is no column of the data, but 'q"
+    ):
         load_rows("more.jsonl", prompt_column="problem")
 
 

@@ -29,6 +29,12 @@ COMMANDS = {
         "train_pg",
         "policy gradient: REINFORCE, RLOO, REINFORCE++; rows of prompt, any other columns",
     ),
+    "train rloo": Command(
+        "rlcore.trainers.pg",
+        "RLOOConfig",
+        "train_pg",
+        "pg with a prompt's other completions as baseline; rows of prompt, any other columns",
+    ),
     "train trpo": Command(
         "rlcore.trainers.trpo",
         "TRPOConfig",
@@ -140,9 +146,13 @@ COMMANDS = {
     ),
 }
 
-# other names of commands: (ours, the flags that come first)
 OTHER_NAMES = {
-    "train rloo": ("train pg", ["--baseline", "leave_one_out", "--num-generations", "2"]),
-    "train reward": ("train reward_model", []),
+    "train reward": "train reward_model",
+    **{f"train {loss}": f"train dpo --loss-type {loss}" for loss in ("orpo", "cpo", "simpo")},
+    "train online_dpo": "train dpo --online",
 }
-NOT_YET = {"train kto": "use `train dpo` on pairs, or rl.kto_loss in a loop of your own"}
+NOT_YET = {
+    "train kto": "use `train dpo` on pairs, or rl.kto_loss in a loop of your own",
+    "train gkd": "there is no distillation",
+    "vllm-serve": "completions are sampled in the process",
+}

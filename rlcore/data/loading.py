@@ -56,6 +56,11 @@ def load_rows(
     pieces = [_read(name, text, held_out) for name in names]
     rows = pieces[0] if len(pieces) == 1 else joined(pieces)
     if prompt_column != "prompt":
+        if prompt_column not in rows.column_names:
+            found = ", ".join(map(repr, rows.column_names))
+            raise UserError(
+                f"prompt_column {prompt_column!r} is no column of the data, but {found}"
+            )
         rows = rows.renamed(prompt_column, "prompt")
     if not len(rows):
         raise UserError(f"{path_or_name}: the file has no rows")

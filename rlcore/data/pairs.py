@@ -33,6 +33,7 @@ def load_pairs(
     max_length: int | None,
     *,
     held_out: bool = False,
+    prompt_column: str = "prompt",
     finish: Callable[[Example], Example] | None = None,
 ) -> Loaded:
     """The preference pairs of a data file, directory or hub dataset, tokenized, as Pairs.
@@ -43,14 +44,16 @@ def load_pairs(
 
     Args:
         max_length: of each sequence the first so many tokens stay.
-        held_out: see `load_rows`.
+        held_out, prompt_column: see `load_rows`.
         finish: how each answer is ended; a pair that is still too long is then left out, not cut.
 
     Raises:
         UserError: no such data, a column is missing, chosen and rejected do not differ, or no pair
             is left.
     """
-    rows = load_rows(path_or_name, PREFERENCE_COLUMNS, held_out=held_out)
+    rows = load_rows(
+        path_or_name, PREFERENCE_COLUMNS, held_out=held_out, prompt_column=prompt_column
+    )
     pairs, places, tally = Loaded(), [], Tally(rows)
     for row, pair in enumerate(encoded(rows, lambda batch: _encoded_pairs(tokenizer, batch))):
         if finish is not None and pair is not None:

@@ -131,7 +131,7 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     if not isinstance(name_or_path, str):
-        model, name = _taken(name_or_path, "lm_head", "a causal language model"), "model"
+        model, name = _taken(name_or_path, "lm_head", "a causal language model", dtype), "model"
         return _policy(model, name, gradient_checkpointing, dropout)
     model, loaded = _load_model(AutoModelForCausalLM, name_or_path, dtype=dtype, **options)
     if any(_is_new_head(name) for name in loaded.unused):
@@ -159,8 +159,8 @@ def _policy(model: Any, name: str, gradient_checkpointing: bool, dropout: bool) 
     return model
 
 
-def _taken(model: Any, kind: str, what: str) -> Any:
-    """A model that a caller has loaded, if it can be trained as one that is loaded here."""
+def _taken(model: Any, kind: str, what: str, dtype: torch.dtype | str) -> Any:
+    """A model that a caller has loaded, itself, if it can be trained as one that is loaded here."""
     if has_adapter(model) or hasattr(model, "peft_type"):
         raise UserError("model has an adapter: give the model beneath it, and peft='lora'")
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
@@ -170,8 +170,8 @@ def _taken(model: Any, kind: str, what: str) -> Any:
     if getattr(model, "is_quantized", False):
         raise UserError("model is quantized, and its weights are to be trained: load it otherwise")
     _check_finite(model, "model")
-    # as a model that is loaded here: steps of 1e-6 would vanish in bfloat16
-    return model if next(model.parameters()).dtype == torch.float64 else model.float()
+    # in float32 unless other is asked for: steps of 1e-6 would vanish in bfloat16
+    return model if dtype == "auto" else model.to(getattr(torch, str(dtype).split(".")[-1]))
 
 
 def _kind(model: Any) -> str:
@@ -199,7 +199,7 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
 
     if not isinstance(name_or_path, str):
-        model = _taken(name_or_path, "score", "a sequence classifier")
+        model = _taken(name_or_path, "score", "a sequence classifier", dtype)
         _check_score(model, type(model).__name__)
         return _to_train(model, gradient_checkpointing, dropout)
     model, loaded = _load_model(

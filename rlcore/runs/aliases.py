@@ -1,10 +1,14 @@
-"""What options are called elsewhere: names of TRL's that are taken as ours, and those answered."""
+"""What options are called elsewhere: names of TRL's that are taken as ours, and those answered.
+
+Those of FOLDED become a part of an option of ours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
-from rlcore.errors import nearest
+from rlcore.errors import UserError, nearest
 
 ALIASES = {
     "model_name_or_path": "model",
@@ -20,12 +24,19 @@ ALIASES = {
     "hub_model_id": "push_to_hub",
     "resume_from_checkpoint": "resume",
     "dataset_prompt_column": "prompt_column",
+    "datasets": "dataset",
 }
-_SPLITS = "write it into the data set's name: --dataset NAME:CONFIG/SPLIT"
+FOLDED = {"dataset_config": str, "dataset_train_split": str, "use_peft": bool}
+# options of ours that not every trainer has
+OF_OTHERS = {
+    "num_iterations": "grpo has it; ppo has num_ppo_epochs, and pg goes through a batch once",
+    "epsilon": "grpo has it; ppo has cliprange, and pg has nothing to clip",
+}
 ANSWERS = {
-    "dataset_config": _SPLITS,
-    "dataset_train_split": _SPLITS,
     "dataset_test_split": "write it into the name: --eval-dataset NAME:CONFIG/SPLIT",
+    "dataset_streaming": "data is read whole, as any row may come next",
+    "normalize_advantages": "see whiten_advantages, over the batch's tokens",
+    "eval_on_start": "an eval_dataset is evaluated at the start too",
     "do_train": "`rlcore train` does",
     "do_eval": "give --eval-dataset",
     "eval_strategy": "an --eval-dataset is evaluated every --eval-steps and at the end",
@@ -34,7 +45,6 @@ ANSWERS = {
     "logging_strategy": "metrics are written every --logging-steps",
     "load_best_model_at_end": "the best model is kept in output_dir/best: see --keep-best",
     "metric_for_best_model": "say --keep-best METRIC",
-    "use_peft": "say --peft lora",
     "use_vllm": "completions are sampled in this process",
     "use_liger_kernel": "the losses are fused: see --fused-head",
     "use_liger_loss": "the losses are fused: see --fused-head",
@@ -44,6 +54,55 @@ ANSWERS = {
     "disable_tqdm": "where stderr is no terminal the screen is plain lines",
     "remove_unused_columns": "columns that nothing reads are left out; rewards get all others",
 }
+
+
+def folded(known: Collection[str]) -> dict[str, type]:
+    """{name: type} of the options that `fold` makes a part of one of `known`."""
+    has_both = "dataset" in known and "peft" in known
+    return {name: kind for name, kind in FOLDED.items() if has_both and name not in known}
+
+
+def fold(values: dict[str, Any]) -> dict[str, Any]:
+    """The options with those of FOLDED as parts of ours.
+
+    Raises:
+        UserError: a configuration or split without the name of one data set.
+    """
+    parts = {name: values.pop(name) for name in FOLDED if name in values}
+    if parts.get("use_peft"):
+        values.setdefault("peft", "lora")
+    config, split = parts.get("dataset_config"), parts.get("dataset_train_split")
+    if config or split:
+        name = values.get("dataset")
+        if not isinstance(name, str) or ":" in name:
+            raise UserError(
+                "dataset_config and dataset_train_split are parts of one data set's name: give "
+                "dataset NAME:CONFIG/SPLIT, for each of several"
+            )
+        values["dataset"] = _joined(name, config, split)
+    return values
+
+
+def mixture(value: Any) -> Any:
+    """TRL's YAML of several data sets, [{path, name, split}, ...], as their names here."""
+    if not isinstance(value, list) or not any(isinstance(each, Mapping) for each in value):
+        return value
+    return [_of_mixture(each) if isinstance(each, Mapping) else each for each in value]
+
+
+def _of_mixture(entry: Mapping[str, Any]) -> str:
+    unknown = sorted(map(str, entry.keys() - {"path", "name", "split"}))
+    if unknown or not entry.get("path"):
+        raise UserError(
+            "a data set of several is NAME:CONFIG/SPLIT, or path with name and split, without "
+            f"{', '.join(unknown) or 'leaving out path'}: not {dict(entry)!r:.120}"
+        )
+    return _joined(str(entry["path"]), entry.get("name"), entry.get("split"))
+
+
+def _joined(place: str, config: str | None, split: str | None) -> str:
+    rest = f"{config or ''}{f'/{split}' if split else ''}"
+    return f"{place}:{rest}" if rest else place
 
 
 def our_name(name: str, known: Collection[str]) -> str:
@@ -57,7 +116,10 @@ def unknown_option(
     """What to say behind a name that is no option: its meaning elsewhere, the nearest of ours."""
     if our_name(name, known) in known:
         return f": it is called {show(ALIASES[name])} here"
-    if name in ANSWERS:
-        return f": {ANSWERS[name]}"
+    if name in FOLDED:
+        return f": see {show('peft' if name == 'use_peft' else 'dataset')}"
+    answers = ANSWERS | OF_OTHERS
+    if name in answers or name.startswith("vllm_"):
+        return f": {answers.get(name, ANSWERS['use_vllm'])}"
     guess = nearest(name, known)
     return f"; did you mean {show(guess)}?" if guess else otherwise

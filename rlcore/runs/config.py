@@ -18,7 +18,7 @@ import tyro
 import yaml
 
 from rlcore.errors import UserError
-from rlcore.runs.aliases import our_name, unknown_option
+from rlcore.runs.aliases import fold, folded, mixture, our_name, unknown_option
 from rlcore.runs.options import default_of, init_fields, type_name
 
 Config = TypeVar("Config")
@@ -46,6 +46,7 @@ def load_config(
         values |= _typed_values(cls, overrides, "overrides")
     else:
         values |= _parse_flags(cls, overrides)
+    values = fold(values)
     missing = [
         flag_name(name)
         for name, field in init_fields(cls).items()
@@ -84,18 +85,18 @@ def flag_name(field: str) -> str:
 
 def _parse_flags(cls: type, flags: Sequence[str]) -> dict[str, Any]:
     """{field: value} of --name value ..., --name=value, and --name or --no-name for a bool."""
-    hints = typing.get_type_hints(cls)
+    known = init_fields(cls)
+    hints = typing.get_type_hints(cls) | folded(known)
     values: dict[str, Any] = {}
     for flag, words in _split_flags(flags):
         name = flag[2:].replace("-", "_")
         negated = name.removeprefix("no_")
         if name not in hints and hints.get(negated) is bool and not words:
             name, words = negated, ["False"]
-        name = our_name(name, init_fields(cls))
-        if name not in init_fields(cls):
-            raise UserError(
-                f"unknown flag {flag}{unknown_option(name, init_fields(cls), flag_name, _HELP)}"
-            )
+        name = our_name(name, known)
+        if name not in known and name not in folded(known):
+            answer = unknown_option(name, known, flag_name, _HELP)
+            raise UserError(f"unknown flag {flag}{answer}")
         if hints[name] is bool and not words:
             words = ["True"]
         given = words[0] if len(words) == 1 else words
@@ -147,23 +148,25 @@ def _read_yaml(cls: type, path: Path) -> dict[str, Any]:
 
 
 def _typed_values(cls: type, values: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
     known = init_fields(cls)
+    hints = typing.get_type_hints(cls) | folded(known)
     typed: dict[str, Any] = {}
     for key, value in values.items():
         name = our_name(str(key).replace("-", "_"), known)
-        if name not in known:
-            raise UserError(
-                f"{source}: unknown key {str(key)!r}{unknown_option(name, known, repr, _HELP)}"
-            )
+        if name not in known and name not in folded(known):
+            answer = unknown_option(name, known, repr, _HELP)
+            raise UserError(f"{source}: unknown key {str(key)!r}{answer}")
         if name in typed:
             raise UserError(f"{source}: key {name!r} is given twice")
+        value = mixture(value) if name == "dataset" else value
         typed[name] = _typed(value, hints[name], f"{source}: {name}")
     return typed
 
 
 def _typed(value: Any, hint: Any, what: str) -> Any:
     """`value` as `hint`. YAML values pass through words too: YAML reads 1e-4 as a string."""
+    if hint is bool and value in ("true", "false"):
+        value = value.capitalize()
     holder = dataclasses.make_dataclass("Holder", [("value", hint)])
     try:
         with contextlib.redirect_stderr(io.StringIO()):

@@ -68,15 +68,20 @@ def inputs_of(config: Any) -> dict[str, str]:
             given |= {f"{name} {number}": each for number, each in parts if isinstance(each, str)}
         elif isinstance(value, str):
             given[name] = value
-    for name in given:
-        if not name.startswith(MODELS):
-            given[name] = parts_of(given[name]).place
     bases = {
         f"{name}'s own model": base_of_adapter(given[name])
         for name in MODELS
         if name in given and is_adapter(given[name])
     }
     return given | {name: base for name, base in bases.items() if base is not None}
+
+
+def places_of(config: Any) -> dict[str, str]:
+    """The same, of data sets the place alone, without what of it is wanted."""
+    return {
+        option: place if option.startswith(MODELS) else parts_of(place).place
+        for option, place in inputs_of(config).items()
+    }
 
 
 def fingerprints_of(config: Any, rows: Iterable[Any]) -> dict[str, str]:

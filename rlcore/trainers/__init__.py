@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlcore.trainers.dpo import DPOConfig, train_dpo
     from rlcore.trainers.grpo import GRPOConfig, train_grpo
-    from rlcore.trainers.pg import PGConfig, train_pg
+    from rlcore.trainers.pg import PGConfig, RLOOConfig, train_pg
     from rlcore.trainers.ppo import PPOConfig, train_ppo
     from rlcore.trainers.reward_model import RewardModelConfig, train_reward_model
     from rlcore.trainers.sft import SFTConfig, train_sft
     from rlcore.trainers.shared.given import Callback
     from rlcore.trainers.trpo import TRPOConfig, train_trpo
 
-# module: its config and its function
+# module: its configs and its function
 _TRAINERS = {
     "sft": ("SFTConfig", "train_sft"),
     "reward_model": ("RewardModelConfig", "train_reward_model"),
-    "pg": ("PGConfig", "train_pg"),
+    "pg": ("PGConfig", "RLOOConfig", "train_pg"),
     "trpo": ("TRPOConfig", "train_trpo"),
     "ppo": ("PPOConfig", "train_ppo"),
     "grpo": ("GRPOConfig", "train_grpo"),
@@ -38,6 +38,7 @@ __all__ = [
     "GRPOConfig",
     "PGConfig",
     "PPOConfig",
+    "RLOOConfig",
     "RewardModelConfig",
     "SFTConfig",
     "TRPOConfig",

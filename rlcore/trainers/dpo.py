@@ -152,7 +152,8 @@ def _load_data(config: DPOConfig, tokenizer: Any, judge: Judge) -> Data:
     """Training and held-out data: pairs, or with `online` rows with prompts."""
     if config.online:
         return load_prompts(config, tokenizer, judge)
-    return load_data(config, partial(load_pairs, tokenizer, max_length=config.max_length))
+    how = {"max_length": config.max_length, "prompt_column": config.prompt_column}
+    return load_data(config, partial(load_pairs, tokenizer, **how))
 
 
 def _batches(

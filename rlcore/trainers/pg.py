@@ -20,7 +20,7 @@ import rlcore as rl
 from rlcore.functional.advantages import leave_one_out_advantage
 from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
-from rlcore.trainers.options.pg import PGConfig, check_pg_config
+from rlcore.trainers.options.pg import PGConfig, RLOOConfig, check_pg_config
 from rlcore.trainers.shared.collect import Sampled, collect, evaluate, make_judge
 from rlcore.trainers.shared.credit import everywhere, judged_only, mine, token_reward, whitened
 from rlcore.trainers.shared.critic import (
@@ -59,7 +59,7 @@ from rlcore.trainers.shared.run import (
     tracking,
 )
 
-__all__ = ["PGConfig", "train_pg"]
+__all__ = ["PGConfig", "RLOOConfig", "train_pg"]
 
 DISPLAYED = ("reward", "kl", "entropy", "tokens_per_second")
 

@@ -80,7 +80,8 @@ def train_reward_model(config: RewardModelConfig, **given: Unpack[Given]) -> Res
     check_train_config(config)
     accelerator = make_accelerator(config)
     tokenizer = tokenizer_of(config, given)
-    data = load_data(config, partial(load_ended_pairs, tokenizer, max_length=config.max_length))
+    how = {"max_length": config.max_length, "prompt_column": config.prompt_column}
+    data = load_data(config, partial(load_ended_pairs, tokenizer, **how))
     pairs, held_out = data.train, data.held_out
     model = load_classifier(
         config.model,
@@ -117,16 +118,18 @@ def load_ended_pairs(
     tokenizer: Any,
     path_or_name: str | Sequence[str],
     max_length: int | None,
-    *,
-    held_out: bool = False,
+    **how: Any,
 ) -> Loaded:
     """The pairs whose answers both fit, each answer up to its end as a policy would sample it.
+
+    Args:
+        how: further arguments of `load_pairs`.
 
     Raises:
         UserError: what `load_pairs` raises.
     """
     finish = partial(up_to_end, tokenizer)
-    return load_pairs(tokenizer, path_or_name, max_length, held_out=held_out, finish=finish)
+    return load_pairs(tokenizer, path_or_name, max_length, finish=finish, **how)
 
 
 def _train_step(run: Run, step: int, pairs: Sequence[Pair]) -> dict[str, float]:

@@ -72,7 +72,7 @@ def train_sft(config: SFTConfig, **given: Unpack[Given]) -> Result:
     check_train_config(config)
     accelerator = make_accelerator(config)
     tokenizer = tokenizer_of(config, given)
-    data = load_data(config, partial(_load_examples, tokenizer, config.max_length))
+    data = load_data(config, partial(_load_examples, config, tokenizer))
     examples, held_out = data.train, data.held_out
     model = policy_of(config)
     data.check_models(tokenizer, model)
@@ -98,10 +98,11 @@ def train_sft(config: SFTConfig, **given: Unpack[Given]) -> Result:
 
 
 def _load_examples(
-    tokenizer: Any, max_length: int | None, path_or_name: str | Sequence[str], held_out: bool
+    config: SFTConfig, tokenizer: Any, path_or_name: str | Sequence[str], held_out: bool
 ) -> Loaded:
-    rows = load_rows(path_or_name, SFT_COLUMNS, held_out=held_out)
-    return encode_examples(tokenizer, rows, max_length)
+    column = config.prompt_column
+    rows = load_rows(path_or_name, SFT_COLUMNS, held_out=held_out, prompt_column=column)
+    return encode_examples(tokenizer, rows, config.max_length)
 
 
 def _train_step(run: Run, step: int, examples: list[Example]) -> dict[str, float]:

@@ -76,10 +76,10 @@ def save_tiny(directory: Path, kind: str = "qwen2", seed: int = 0, **changes: An
     return str(directory)
 
 
-def in_another_order(path: str | Path) -> str:
-    """A copy of a file of rows, the last first: held-out data that is not the training data."""
+def most_of(path: str | Path) -> str:
+    """A copy of a file of rows without the last: held-out data that is not the training data."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8").splitlines()
     other = path.with_name(f"other_{path.name}")
-    other.write_text("\n".join(lines[::-1]), encoding="utf-8")
+    other.write_text("\n".join(lines[:-1]), encoding="utf-8")
     return str(other)

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import grpo as make
-from helpers.tiny import PROMPTS, in_another_order, save_tiny
+from helpers.tiny import PROMPTS, most_of, save_tiny
 from rlcore.errors import TrainingStopped
 from rlcore.trainers.grpo import GRPOConfig, _update, train_grpo
 
@@ -43,7 +43,7 @@ def short_run(directory: Path, rank: int) -> dict[str, dict[str, torch.Tensor]]:
         save_tiny(directory / "model", initializer_range=0.05)
         lines = [f'{{"prompt": "{prompt}", "answer": "7"}}' for prompt in PROMPTS]
         (directory / "rows.jsonl").write_text("\n".join(lines))
-        in_another_order(directory / "rows.jsonl")
+        most_of(directory / "rows.jsonl")
     torch.distributed.barrier()
     config = GRPOConfig(
         model=str(directory / "model"),

@@ -23,7 +23,7 @@ from rlcore.runs.ranges import (
     check_ranges,
 )
 from rlcore.runs.reporting import check_report_to
-from rlcore.runs.resuming import check_same_options, inputs_of
+from rlcore.runs.resuming import check_same_options, places_of
 from rlcore.trainers.options.load import LoadConfig, check_load_config
 from rlcore.trainers.options.schedules import check_schedule
 
@@ -41,6 +41,7 @@ class TrainConfig(LoadConfig, Checked):
     # .jsonl, .json, .csv, .parquet or .arrow file; or a directory or hub name, for its train split
     # or, as NAME:CONFIG/SPLIT, another; of several all rows
     dataset: str | list[str] = field(default=None, metadata=REQUIRED | {OBJECT: True})
+    prompt_column: str = "prompt"  # what the column of the prompts is called in all data
     # where the model, its checkpoints and metrics.jsonl go
     output_dir: str = field(default=None, metadata=REQUIRED)
     overwrite_output_dir: bool = False  # replace output_dir's earlier run once this has finished
@@ -122,7 +123,7 @@ def check_train_config(config: TrainConfig) -> None:
     _check_adapter(config)
     if config.push_to_hub is not None:
         check_hub(config.push_to_hub)
-    check_apart(config.output_dir, inputs_of(config))
+    check_apart(config.output_dir, places_of(config))
     check_output_dir(config.output_dir, overwrite=config.overwrite_output_dir, resume=config.resume)
     if config.resume:
         check_same_options(config)

@@ -57,6 +57,15 @@ class PGConfig(ValueConfig):
         return self.kl_estimator or KL_PLACEMENTS[self.kl_placement]
 
 
+@dataclass(kw_only=True)
+class RLOOConfig(PGConfig):
+    """RLOO: the policy gradient, with TRL's defaults of it."""
+
+    baseline: str = "leave_one_out"
+    num_generations: Count = 2
+    beta: NotNegative = 0.05
+
+
 def check_pg_config(config: PGConfig, reward_count: int) -> None:
     """Raise UserError for options out of their range or at odds with each other."""
     for name, known in (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rlcore.runs.checked import Checked
+
 
 @dataclass(kw_only=True)
-class RewardConfig:
+class RewardConfig(Checked):
     """Reward."""
 
     # package.module:function or path/to/file.py:function of your own, or arithmetic, code_runs,

@@ -16,7 +16,6 @@ COMPLETIONS_FORMATS = ("jsonl", "parquet")
 class SamplingConfig(RewardConfig, TrainConfig):
     """Sampling."""
 
-    prompt_column: str = "prompt"  # what the column of the prompts is called in the data
     num_generations: Count = 1  # completions a prompt
     max_prompt_length: Count | None = 512  # of longer prompts the last tokens stay; None: all
     max_completion_length: Count = 512  # new tokens at most

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 
 import rlcore as rl
-from rlcore.errors import UserError
 from rlcore.models.forward import completion_outputs, evaluating
 from rlcore.models.loading import no_progress_bars
 from rlcore.models.value_model import ValueHead, load_value_model, watched
@@ -86,18 +86,26 @@ def load_critic(config: ValueConfig, policy: Any, tokenizer: Any) -> Critic:
     """
     if config.value_backbone == "shared":
         return Critic(ValueHead(policy.config.get_text_config().hidden_size), config)
-    if config.value_model is None and not isinstance(config.model, str):
-        raise UserError(
-            "value_model is not given, and the model is an object, of which no second one can be "
-            "loaded: name the value model's start, or set value_backbone shared"
+    with _place_of(config.value_model or config.model, tokenizer) as place:
+        model = load_value_model(
+            place,
+            tokenizer,
+            gradient_checkpointing=config.gradient_checkpointing,
+            **config.loading,
         )
-    model = load_value_model(
-        config.value_model or config.model,
-        tokenizer,
-        gradient_checkpointing=config.gradient_checkpointing,
-        **config.loading,
-    )
     return Critic(model.train(), config)
+
+
+@contextlib.contextmanager
+def _place_of(model: Any, tokenizer: Any) -> Iterator[str]:
+    """Where a model can be loaded from; of one that was given itself a copy, for a while."""
+    if isinstance(model, str):
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="rlcore-") as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        yield directory
 
 
 @torch.no_grad()

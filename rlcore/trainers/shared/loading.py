@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,15 +54,24 @@ def load_data(config: TrainConfig, load: Callable[..., Any]) -> Data:
         name: load(source, held_out=True)
         for name, source in held_out_sets(config.eval_dataset).items()
     }
+    notes = [note for rows in (train, *held_out.values()) for note in rows.notes]
+    notes += _overlaps(config, train, held_out)
+    return Data(train, held_out, tuple(dict.fromkeys(notes)))
+
+
+def _overlaps(config: TrainConfig, train: Any, held_out: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each held-out set with rows to train on; UserError where it has no others."""
+    seen = {hash(repr(row)) for row in train} if held_out else set()
     for name, rows in held_out.items():
-        if len(train) == len(rows) and all(a == b for a, b in zip(train, rows, strict=True)):
-            source = said(held_out_sets(config.eval_dataset)[name])
+        asked = {hash(repr(row)) for row in rows}
+        source = said(held_out_sets(config.eval_dataset)[name])
+        if asked == seen:
             raise UserError(
                 f"eval_dataset {source} holds the rows of dataset {said(config.dataset)}: what it "
                 "measures would be trained on; hold other rows out"
             )
-    sets = (train, *held_out.values())
-    return Data(train, held_out, tuple(dict.fromkeys(note for rows in sets for note in rows.notes)))
+        if both := len(asked & seen):
+            yield f"{source}: {both} of {len(asked)} held-out rows are among those to train on"
 
 
 def load_prompts(config: SamplingConfig, tokenizer: Any, judge: Judge) -> Data:
