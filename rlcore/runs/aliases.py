@@ -25,7 +25,14 @@ ALIASES = {
     "resume_from_checkpoint": "resume",
     "dataset_prompt_column": "prompt_column",
     "datasets": "dataset",
+    "activation_checkpointing": "gradient_checkpointing",
+    "num_completions_to_print": "log_completions",
+    "max_seq_length": "max_length",
+    "rloo_k": "num_generations",
 }
+_READ_FIRST = "data is tokenized before the first step"
+_LAUNCHER = "`accelerate config` and `accelerate launch` say how models are sharded"
+_REFERENCE = "the reference stays what it is: see --ref-model"
 FOLDED = {"dataset_config": str, "dataset_train_split": str, "use_peft": bool}
 # options of ours that not every trainer has
 OF_OTHERS = {
@@ -53,6 +60,28 @@ ANSWERS = {
     "optim": "the optimizer is AdamW",
     "disable_tqdm": "where stderr is no terminal the screen is plain lines",
     "remove_unused_columns": "columns that nothing reads are left out; rewards get all others",
+    "activation_checkpointing_kwargs": "see --gradient-checkpointing, which is not reentrant",
+    "gradient_checkpointing_kwargs": "see --gradient-checkpointing, which is not reentrant",
+    "adam_epsilon": "AdamW's is 1e-8",
+    "completion_only_loss": "the loss is on the completion alone where a row has one",
+    "data_seed": "the order of the data follows --seed",
+    "dataloader_num_workers": _READ_FIRST,
+    "dataset_num_proc": _READ_FIRST,
+    "dataset_text_field": "a row's text is in its column 'text'",
+    "deepspeed": _LAUNCHER,
+    "fsdp": _LAUNCHER,
+    "fsdp_config": _LAUNCHER,
+    "disable_dropout": "dropout is off wherever policies are compared",
+    "eval_delay": "an eval_dataset is evaluated from the start on: see --eval-steps",
+    "generation_batch_size": "it is per_device_train_batch_size x steps_per_generation a process",
+    "hub_token": "`hf auth login` keeps it",
+    "logging_first_step": "metrics are written every --logging-steps",
+    "ref_model_mixup_alpha": _REFERENCE,
+    "ref_model_sync_steps": _REFERENCE,
+    "sync_ref_model": _REFERENCE,
+    "shuffle_dataset": "rows are drawn in an order of --seed, always",
+    "use_cache": "sampling has a cache, and training needs none",
+    "use_cpu": "`accelerate launch --cpu` does",
 }
 
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import torch
 from typing_extensions import Unpack
@@ -20,7 +20,7 @@ __all__ = ["Callback", "Given", "Unpack"]
 Config = TypeVar("Config", bound=TrainConfig)
 
 
-class Callback:
+class Callback(Protocol):
     """What one wants to hear of a run; override what one needs. The main process alone calls it.
 
     Any object will do that has one of the methods.
