@@ -26,14 +26,19 @@ class Callback(Protocol):
     Any object will do that has one of the methods.
     """
 
+    # each returns: type checkers take a method of nothing but words for an abstract one
+
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """After every optimizer step, with its metrics."""
+        return None
 
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         """After every evaluation on held-out data: {"eval/...": value}."""
+        return None
 
     def on_save(self, step: int, directory: Path) -> None:
         """After a checkpoint, or the finished model, is whole in `directory`."""
+        return None
 
 
 class Given(TypedDict, total=False):
