@@ -254,6 +254,8 @@ def test_an_asynchronous_reward_runs_beside_a_loop_that_runs_already(model, tmp_
         ({"dataset": ROWS, "callbacks": [length]}, "no object with one of the methods on_step"),
         ({"dataset": ROWS, "callbacks": Callback}, "no object with one of the methods on_step"),
         ({"dataset": DatasetDict()}, r"not DatasetDict: give one of its splits"),
+        ({"dataset": ROWS, "eval_dataset": [*ROWS]}, r"holds .* \(eval_dataset, dataset\)"),
+        ({"dataset": ROWS, "eval_dataset": [{"q": 1}]}, "eval_dataset, row 1: needs the column"),
         ({"dataset": ROWS, "model": torch.nn.Linear(1, 1)}, "model is given twice"),
     ],
 )

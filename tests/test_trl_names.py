@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 from helpers.tiny import save_tiny
 
 from rlcore.cli import main
+from rlcore.data import tables
 from rlcore.data.loading import load_rows
 from rlcore.errors import UserError
 from rlcore.runs.aliases import ALIASES, ANSWERS, FOLDED, OF_OTHERS
@@ -221,6 +223,23 @@ def test_several_data_sets_are_all_their_rows(home):
     rows = load_rows(["rows.jsonl", "more.jsonl"], prompt_column="question")
     assert len(rows) == 5 and rows["why"] == [None] * 4 + ["more"]
     assert rows.where(4) == "more.jsonl, line 1"
+    assert (
+        [row["prompt"] for row in rows] == rows["prompt"] == [rows[n]["prompt"] for n in range(5)]
+    )
+    assert rows[-1] == rows[4] and rows[[4, 0]]["prompt"] == ["9+1", "0+1"]
+    with pytest.raises(IndexError):
+        rows[5]
+
+
+def test_tables_of_a_mixture_are_read_when_they_are_asked_for(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{name}.parquet") for name in "ab"]
+    for path in paths:
+        Dataset.from_list([{"prompt": f"{path}{n}"} for n in range(3)]).to_parquet(path)
+    asked = []
+    read = tables._Table.__getitem__
+    monkeypatch.setattr(tables._Table, "__getitem__", lambda t, i: asked.append(i) or read(t, i))
+    rows = load_rows(paths)
+    assert rows[4]["prompt"] == f"{paths[1]}1" and len(asked) == 1
 
 
 @pytest.fixture
@@ -253,11 +272,21 @@ def folder(tmp_path, monkeypatch) -> Path:
         ("data:hard", "hard train 0", 3),
         ("data:easy/extra", "easy extra 0", 2),
         ("data:hard/train[1:]", "hard train 1", 2),
+        ("data:hard/train[-1:]", "hard train 2", 1),
+        ("data:hard/train[:67%]", "hard train 0", 2),
     ],
 )
 def test_a_name_can_say_configuration_and_split(folder, name, first, count):
     rows = load_rows(name)
     assert len(rows) == count and rows[0]["prompt"] == first
+
+
+def test_a_part_of_a_split_of_text_files_keeps_values_and_places(folder):
+    file = folder / "hard" / "train.jsonl"
+    rows = [{"prompt": str(n), "answer": answer} for n, answer in enumerate((7, "7", [7], None))]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    part = load_rows("data:hard/train[1:3]")
+    assert list(part) == rows[1:3] and part.where(1) == "data/train.jsonl, line 3"
 
 
 @pytest.mark.parametrize(

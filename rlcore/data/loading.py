@@ -72,7 +72,7 @@ def _read(path_or_name: Any, text: Collection[str], held_out: bool) -> Rows:
     from rlcore.data.tables import TABLES, read_dataset, read_split, read_table
 
     if not isinstance(path_or_name, str):
-        return read_dataset(path_or_name)
+        return read_dataset(path_or_name, "eval_dataset" if held_out else "dataset")
     path, kind = Path(path_or_name), file_type(path_or_name)
     is_ours = kind in READERS
     is_table = kind in TABLES and path.suffix.lower() == kind

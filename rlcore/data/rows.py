@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -81,6 +83,16 @@ class Rows:
         rows.null_fields = tuple(new if name == old else name for name in self.null_fields)
         return rows
 
+    def part(self, start: int, stop: int) -> Rows:
+        """The rows from `start` up to and without `stop`."""
+        parts, before = [], 0
+        for part in self._parts:
+            numbers = part.numbers[max(start - before, 0) : max(stop - before, 0)]
+            parts.append(replace(part, numbers=numbers))
+            before += len(part.numbers)
+        chosen = [self._rows[index] for index in range(len(self))[start:stop]]
+        return Rows(chosen, parts, self._names)
+
     def where(self, index: int) -> str:
         """The place of a row, for messages: "rows.jsonl, line 7"."""
         for part in self._parts:
@@ -103,7 +115,12 @@ class _Renamed(Sequence):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
+        return self._row(self._rows[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._row, self._rows)
+
+    def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         if self._old not in row:
             return {name: value for name, value in row.items() if name != self._new}
         renamed = {name: value for name, value in row.items() if name not in (self._old, self._new)}
@@ -111,14 +128,34 @@ class _Renamed(Sequence):
 
 
 def joined(pieces: Sequence[Rows]) -> Rows:
-    """The rows of all pieces, one after another."""
+    """The rows of all pieces, one after another; each is read when it is asked for."""
     rows = Rows(
-        [row for piece in pieces for row in piece._rows],
+        _Chain([piece._rows for piece in pieces]),
         [part for piece in pieces for part in piece._parts],
+        [name for piece in pieces for name in piece.column_names],
     )
     rows.notes = tuple(note for piece in pieces for note in piece.notes)
     rows.null_fields = tuple(dict.fromkeys(n for piece in pieces for n in piece.null_fields))
     return rows
+
+
+class _Chain(Sequence):
+    """Sequences one after another."""
+
+    def __init__(self, pieces: Sequence[Sequence[Any]]):
+        self._pieces = pieces
+        self._ends = list(itertools.accumulate(map(len, pieces)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]
+        place = bisect.bisect_right(self._ends, index)
+        return self._pieces[place][index - self._ends[place]]  # counted from its end
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain(*self._pieces)
 
 
 def _all_names(rows: Iterable[Mapping[str, Any]]) -> dict[str, None]:

@@ -56,7 +56,7 @@ def read_split(
     Raises:
         UserError: there is no such dataset, it cannot be read, or which split to take is not clear.
     """
-    from datasets import DownloadManager, load_dataset, load_dataset_builder
+    from datasets import DownloadManager, ReadInstruction, load_dataset, load_dataset_builder
 
     with _explained(name):
         builder = load_dataset_builder(name, config)
@@ -66,21 +66,27 @@ def read_split(
         if split.partition("[")[0] not in splits:
             known = ", ".join(splits) or "none"
             raise UserError(f"the dataset {name!r} has the splits {known}, and not {split!r}")
-        # a part of a split is for the library to cut
-        files = list(splits.get(split, [])) if builder.config.data_files else []
+        whole = split.partition("[")[0]
+        files = list(splits[whole]) if builder.config.data_files else []
         are_text = {file_type(file) for file in files} <= READERS.keys()
         if files and are_text and _has_defaults(builder.config):
             shown = [f"{name.rstrip('/')}/{Path(file).name}" for file in files]
             local = DownloadManager().download(files)
             rows = joined([read_file(*file, text) for file in zip(local, shown, strict=True)])
+            if split != whole:
+                (cut,) = ReadInstruction.from_spec(split).to_absolute({whole: len(rows)})
+                rows = rows.part(cut.from_ or 0, len(rows) if cut.to is None else cut.to)
         else:
             rows = _rows(load_dataset(name, config, split=split), f"{name} ({split})")
     rows.notes = (f"{name}: the {len(rows)} rows of its split {split!r}",)
     return rows
 
 
-def read_dataset(dataset: Any) -> Rows:
+def read_dataset(dataset: Any, option: str) -> Rows:
     """The rows of a datasets.Dataset, or of a list of dicts, that a caller has in the hand.
+
+    Args:
+        option: what messages call it.
 
     Raises:
         UserError: something else.
@@ -88,17 +94,17 @@ def read_dataset(dataset: Any) -> Rows:
     from datasets import Dataset
 
     if isinstance(dataset, Dataset):
-        return _rows(dataset, "dataset")
+        return _rows(dataset, option)
     if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
-        return Rows(list(dataset), [Part("dataset", "row", range(1, len(dataset) + 1))])
+        return Rows(list(dataset), [Part(option, "row", range(1, len(dataset) + 1))])
     kind = type(dataset).__name__
     hint = {
-        "DatasetDict": ": give one of its splits, as dataset['train']",
+        "DatasetDict": f": give one of its splits, as {option}['train']",
         "IterableDataset": ": give datasets.Dataset.from_list(list(rows))",
         "DataFrame": ": give datasets.Dataset.from_pandas(frame)",
     }
     raise UserError(
-        "dataset must be a name, a datasets.Dataset or a list of rows, not "
+        f"{option} must be a name, a datasets.Dataset or a list of rows, not "
         f"{kind}{hint.get(kind, '')}"
     )
 

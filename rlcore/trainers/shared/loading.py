@@ -39,12 +39,12 @@ class Data:
                     check_extent(model, data.extent, tokenizer, self.new_tokens)
 
 
-def said(names: Any) -> str:
-    """A data set's name, or those of several, for messages; of an object what it is."""
+def said(names: Any, option: str = "dataset") -> str:
+    """A data set's name, or those of several, for messages; of an object the option's name."""
     if isinstance(names, str):
         return names
     is_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return " ".join(names) if is_names else "dataset"
+    return " ".join(names) if is_names else option
 
 
 def load_data(config: TrainConfig, load: Callable[..., Any]) -> Data:
@@ -64,11 +64,11 @@ def _overlaps(config: TrainConfig, train: Any, held_out: Mapping[str, Any]) -> I
     seen = {hash(repr(row)) for row in train} if held_out else set()
     for name, rows in held_out.items():
         asked = {hash(repr(row)) for row in rows}
-        source = said(held_out_sets(config.eval_dataset)[name])
+        source = said(held_out_sets(config.eval_dataset)[name], name or "eval_dataset")
         if asked == seen:
             raise UserError(
-                f"eval_dataset {source} holds the rows of dataset {said(config.dataset)}: what it "
-                "measures would be trained on; hold other rows out"
+                f"eval_dataset holds the rows of dataset ({source}, {said(config.dataset)}): what "
+                "it measures would be trained on; hold other rows out"
             )
         if both := len(asked & seen):
             yield f"{source}: {both} of {len(asked)} held-out rows are among those to train on"
@@ -97,7 +97,7 @@ def load_prompt_rows(
         UserError: data, columns or a prompt that do not work; the row is named.
     """
     rows = load_rows(path_or_name, held_out=held_out, prompt_column=config.prompt_column)
-    source = said(path_or_name)
+    source = said(path_or_name, "eval_dataset" if held_out else "dataset")
     check_columns(judge.functions, rows.column_names, source)
     prompts = rows.select_columns(["prompt"])
     rows.extent, cuts = _measured_prompts(prompts, tokenizer, config.max_prompt_length)
