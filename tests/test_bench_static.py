@@ -11,7 +11,7 @@ import tempfile
 
 import pytest
 
-from rlcore.bench.static import static
+from rlcore.bench.static import limits, sass, static
 from rlcore.bench.static.static import StaticConfig
 from rlcore.errors import UserError
 
@@ -168,6 +168,83 @@ def test_a_kernel_with_the_length_as_a_constant_is_counted_50_times(figures):
     if not liger:
         pytest.skip("liger_kernel is not installed")
     assert {entry["compilations"] for entry in liger} == {50}
+
+
+# instructions a logit, at most; what the code takes today, and a little
+GATES = {
+    "token_logprob_forward": 10.0,
+    "token_logprob_backward": 9.5,
+    "policy_loss": 18.0,
+    "scale_rows": 5.5,
+}
+
+
+def test_machine_code_lets_our_sweeps_reach_the_memorys_bandwidth(figures):
+    for entry in ours(figures["compiled"]):
+        name = entry["kernel"].removeprefix("rlcore ").removesuffix("_kernel")
+        assert entry["per_logit"]["issue"] <= GATES[name], (name, entry["per_logit"])
+        assert entry["resident"] >= 1024 and entry["in_flight"] >= 32 * 1024, entry
+        for device in ("H100", "H200"):
+            allowed = entry["allowed"][device]
+            assert min(allowed, key=allowed.get) == "memory", (name, device, allowed)
+
+
+def test_a_loop_that_takes_more_is_limited_by_it(figures):
+    # what the earlier sweeps took on an H200, in TB/s: 16.3 instructions a logit, and twice 16.8
+    h200 = limits.DEVICES["H200"]
+    read = limits.Sweep({"issue": 16.3, "special": 1.0, "alu": 4.0, "fma": 4.0}, 0.0, 32)
+    allowed = limits.limits([read], 2, 1, 512, h200)
+    assert allowed["issue"] == pytest.approx(3.64e12, rel=0.01) and allowed["special"] > 4.8e12
+    assert min(allowed, key=allowed.get) == "latency", "16 KiB in flight are not enough either"
+    both = [
+        limits.Sweep({"issue": 16.8, "special": 1.0, "alu": 1, "fma": 1}, w, 32) for w in (0, 2)
+    ]
+    assert limits.limits(both, 2, 1, 2048, h200)["issue"] == pytest.approx(3.53e12, rel=0.01)
+    # one block of 512 threads, each waiting for 32 bytes
+    assert allowed["latency"] == pytest.approx(132 * 512 * 32 / 0.65e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "resident"),
+    [(95, 256, 0, 512), (57, 256, 0, 1024), (128, 512, 0, 512), (73, 256, 0, 768),
+     (32, 1024, 0, 2048), (32, 256, 0, 2048), (16, 32, 0, 1024), (32, 256, 120 * 1024, 256)],
+)  # fmt: skip
+def test_programs_share_a_multiprocessor_as_registers_and_memory_allow(
+    registers, threads, shared, resident
+):
+    device = limits.DEVICES["H200"]
+    assert limits.resident_threads(registers, threads, shared, device) == resident
+
+
+SASS = [
+    "LDG.E.128.CONSTANT R4, desc[UR4][R2.64]",
+    "IADD3 R2, P0, R2, 0x1000, RZ",
+    "LDG.E.128 R8, desc[UR4][R2.64]",
+    "FMNMX R20, R4, R21, !PT",
+    "LDG.E.128 R12, desc[UR4][R2.64]",
+    "MUFU.EX2 R22, R20",
+    "FFMA R23, R22, R8, R23",
+    "BRA 0x100",
+]
+
+
+def test_what_is_in_flight_ends_at_the_first_use():
+    assert limits.in_flight(SASS, sass.widths) == 32
+    assert limits.mix_of(SASS) == {"issue": 8, "special": 1, "alu": 2, "fma": 1}
+
+
+def test_the_table_fits_eighty_columns():
+    done = subprocess.run(
+        [sys.executable, "-m", "rlcore", "bench", "static", "--ops", "token_logprob",
+         "--vocabularies", "50257"],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"COLUMNS": "80"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(len(line.rstrip()) <= 80 for line in done.stdout.splitlines()), done.stdout
+    assert re.search(
+        r"token_logprob_forward: 32 x 256, 16 / -\n    9\.\d, 64 KiB, H100", done.stdout
+    )
 
 
 @pytest.mark.parametrize(

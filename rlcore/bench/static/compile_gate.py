@@ -51,7 +51,8 @@ def read(kernel: Any) -> dict:
         found = sass.read_cubin(kernel.asm["cubin"])
     else:
         found = sass.read_amdgcn(kernel.asm["amdgcn"])
-    return found | {"shared": kernel.metadata.shared}
+    warps = kernel.metadata.num_warps
+    return found | {"shared": kernel.metadata.shared, "threads": warps * 32}
 
 
 def main(*modules: str) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from rlcore.bench.static import limits
+
 # "        /*0150*/                   LDG.E.128 R4, desc[UR4][R2.64] ;"
 SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 SASS_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?`?\(?(0x[0-9a-f]+)")
@@ -67,7 +69,13 @@ def read_cubin(cubin: bytes) -> dict:
     assert len(code) > 8, "no instruction was read from the SASS"
     # LDG also matches LDGSTS, the copy from global to shared memory
     read = [
-        {"loads": widths(b, "LDG"), "stores": widths(b, "STG"), "instructions": len(b)}
+        {
+            "loads": widths(b, "LDG"),
+            "stores": widths(b, "STG"),
+            "instructions": len(b),
+            "mix": limits.mix_of(b),
+            "in_flight": limits.in_flight(b, widths),
+        }
         for b in loops(code)
     ]
     return {

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlcore.bench.cases import Case, rows, scan
-from rlcore.bench.static import compile_gate, launches
+from rlcore.bench.static import compile_gate, launches, limits
 from rlcore.errors import UserError, unknown_name
 from rlcore.kernels.backend import HAS_TRITON, INTERPRETED
 from rlcore.runs.ranges import Count, check_ranges
@@ -27,6 +27,8 @@ from rlcore.runs.ranges import Count, check_ranges
 COUNTED_OPS = ("token_logprob", "policy_loss", "sequence_policy_loss", "cross_entropy")
 COUNTED_OPS += ("categorical_kl", "fisher_vector_product")
 OPS = (*COUNTED_OPS, "gae")
+TWO_OPERANDS = ("categorical_kl", "fisher_vector_product")
+ITEMSIZE = 2  # the kernels are compiled for bfloat16 logits
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 
@@ -51,6 +53,9 @@ class Compiled:
     Args:
         loads, stores: bytes that a thread moves at once in loops over memory, each width once.
         loop: instructions of the longest such loop, 0 where the kernel has none.
+        per_logit: instructions of the main loops a logit, and of them by pipe; see `limits`.
+        resident: threads on a multiprocessor; in_flight: bytes that they wait for together.
+        allowed: {device: {limit: bytes a second}} computed for the devices of the target.
     """
 
     op: str
@@ -65,6 +70,11 @@ class Compiled:
     stores: list[int]
     loop: int
     instructions: int
+    per_logit: dict[str, float]
+    threads: int
+    resident: int
+    in_flight: int
+    allowed: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -160,12 +170,33 @@ def _figures(
 ) -> Compiled:
     read = compile_gate.read(launch.compiled(target))
     loops = read["loops"]
+    model = _model(op, read, target)
     widths = [sorted({w for loop in loops for w in loop[kind]}) for kind in ("loads", "stores")]
     return Compiled(
         op, contestant, launch.kernel, target, vocabulary, read["registers"], read["spills"],
         read["shared"], *widths, max((loop["instructions"] for loop in loops), default=0),
-        read["instructions"],
+        read["instructions"], *model,
     )  # fmt: skip
+
+
+def _model(op: str, read: dict, target: str) -> tuple:
+    """(per_logit, threads, resident, in_flight, allowed) of a kernel on bfloat16 logits."""
+    operands = 2 if op in TWO_OPERANDS else 1
+    loops = [loop for loop in read["loops"] if "mix" in loop]
+    found = limits.sweeps(loops, ITEMSIZE, operands) if op != "gae" else []
+    threads = read["threads"]
+    if not found:
+        return {}, threads, 0, 0, {}
+    per_logit = {pipe: sum(sweep.mix[pipe] for sweep in found) for pipe in found[0].mix}
+    devices = {name: d for name, d in limits.DEVICES.items() if d.target == target}
+    any_device = next(iter(limits.DEVICES.values()))
+    resident = limits.resident_threads(read["registers"], threads, read["shared"], any_device)
+    allowed = {
+        name: limits.limits(found, ITEMSIZE, operands, resident, device)
+        for name, device in devices.items()
+    }
+    flying = resident * min(sweep.in_flight for sweep in found)
+    return per_logit, threads, resident, flying, allowed
 
 
 def compilations(op: str) -> list[dict]:
@@ -193,15 +224,58 @@ def moved(ops: Sequence[str]) -> list[dict]:
 
 
 def _print(console: Console, title: str, entries: Sequence[dict]) -> None:
+    """A table that 80 columns hold: an operation's name is a line of its own."""
     console.print(title, style="bold")
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    headings = list(entries[0]) if entries else []
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for entry in entries:
-        table.add_row(*(_cell(entry[heading]) for heading in headings))
-    console.print(table)
+    if title == "compiled":
+        _print_compiled(console, entries)
+        return
+    rows = {"moved": _MOVED, "compilations": _COMPILATIONS}[title]
+    for op in dict.fromkeys(entry["op"] for entry in entries):
+        table = Table(box=None, padding=(0, 2, 0, 2))
+        table.add_column(op, no_wrap=True, overflow="ellipsis")
+        for heading in rows:
+            table.add_column(heading.replace("_", " "), justify="right")
+        for entry in entries:
+            if entry["op"] == op:
+                name = entry.get("kernel", entry["contestant"])
+                table.add_row(name, *(_cell(entry[heading]) for heading in rows))
+        console.print(table)
     console.print()
+
+
+_MOVED = ("reads", "writes", "note")
+_COMPILATIONS = ("compilations", "lengths")
+
+
+def _print_compiled(console: Console, entries: Sequence[dict]) -> None:
+    """Two lines a kernel: what it takes; what that allows, computed, beside the memory's."""
+    console.print(
+        "  registers x threads, bytes at once in loads / stores\n"
+        "    instructions a logit, bytes in flight on a multiprocessor, and the TB/s\n"
+        "    that the smallest limit allows: computed from machine code, not measured",
+        style="dim",
+    )
+    groups = dict.fromkeys((e["op"], e["target"], e["vocabulary"]) for e in entries)
+    for op, target, vocabulary in groups:
+        console.print(f"{op}, {target}, V = {vocabulary}" if vocabulary else f"{op}, {target}")
+        for e in entries:
+            if (e["op"], e["target"], e["vocabulary"]) == (op, target, vocabulary):
+                name = e["kernel"].removesuffix("_kernel")
+                spills = f", {e['spills']} spills" if e["spills"] else ""
+                widths = f"{_cell(e['loads'])} / {_cell(e['stores'])}"
+                taken = f"{e['registers']} x {e['threads']}{spills}, {widths}"
+                console.print(f"  {name}: {taken}", soft_wrap=True)
+                if e["per_logit"]:
+                    console.print(f"    {_model_line(e)}", style="dim", soft_wrap=True)
+    console.print()
+
+
+def _model_line(entry: dict) -> str:
+    words = [f"{entry['per_logit']['issue']:.1f}, {entry['in_flight'] / 1024:.0f} KiB"]
+    for device, allowed in entry["allowed"].items():
+        limit = min(allowed, key=allowed.get)
+        words.append(f"{device} {allowed[limit] / 1e12:.1f} ({limit})")
+    return ", ".join(words)
 
 
 def _cell(value: object) -> str:
