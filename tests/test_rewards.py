@@ -195,6 +195,7 @@ def test_a_reward_is_found_in_a_file_with_its_neighbours(tmp_path):
         ("no_such_module_at_all.f", "cannot import 'no_such_module_at_all': ModuleNotFoundError"),
         ("rlcore.sampling.rewards.absent", "has no function 'absent'"),
         ("no/such/file.py:f", "there is no file 'no/such/file.py'"),
+        ("trl-lib/Qwen2.5-RM", "a model of rewards is named as reward_model"),
         ("my/rewards.py", "is a file: name its function too, as my/rewards.py:function"),
         ("accuracy_reward", "is TRL's: take math_verify, which compares with the column 'answer'"),
         ("rlcore.sampling.rewards:absent", "has no function 'absent'"),

@@ -142,6 +142,11 @@ def load_reward(name: str) -> RewardFunction:
     """
     if name in REWARDS:
         return REWARDS[name]
+    if "/" in name and ".py" not in name:
+        raise UserError(
+            f"reward {name!r} is no function's place: a model of rewards is named as reward_model, "
+            "and a function as package.module:function or path/to/file.py:function"
+        )
     if ":" not in name and "." not in name:
         if name in TRL_REWARDS:
             raise UserError(f"reward {name!r} is TRL's: {TRL_REWARDS[name]}")
