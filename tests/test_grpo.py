@@ -13,7 +13,8 @@ from rlcore.models.heads import LogitsHead
 from rlcore.trainers import grpo
 from rlcore.trainers.grpo import _update, _with_other_policies
 from rlcore.trainers.options.grpo import LOSS_TYPES
-from rlcore.trainers.shared.collect import _metrics, make_judge
+from rlcore.trainers.shared.collect import _metrics
+from rlcore.trainers.shared.judging import make_judge
 from rlcore.trainers.shared.policies import Policy, completion_logp
 
 EVERYTHING = torch.arange(8)

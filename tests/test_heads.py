@@ -14,7 +14,7 @@ from rlcore.models.heads import FusedHead, LogitsHead, choose_head
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.sft import SFTConfig, train_sft
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.run import mix_seed
+from rlcore.trainers.shared.order import mix_seed
 
 KINDS = ("gpt2", "llama", "qwen2", "gemma2", "gemma3")
 

@@ -28,7 +28,7 @@ from rlcore.sampling.rewards import (
     think_format,
 )
 from rlcore.trainers.options.grpo import check_grpo_config
-from rlcore.trainers.shared.collect import make_judge
+from rlcore.trainers.shared.judging import make_judge
 
 
 def judged(functions, completions=("a", "bb"), weights=None, prompts=None, **columns):

@@ -19,7 +19,7 @@ from rlcore.trainers.ppo import PPOConfig, train_ppo
 from rlcore.trainers.reward_model import RewardModelConfig, train_reward_model
 from rlcore.trainers.sft import SFTConfig, train_sft
 from rlcore.trainers.shared import loading
-from rlcore.trainers.shared.collect import make_judge
+from rlcore.trainers.shared.judging import make_judge
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.trpo import TRPOConfig, train_trpo
 

@@ -18,10 +18,10 @@ from rlcore.runs.tracking import read_metrics
 from rlcore.trainers import sft
 from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.sft import SFTConfig, train_sft
-from rlcore.trainers.shared import metrics
+from rlcore.trainers.shared import metrics, stepping
 from rlcore.trainers.shared import run as common
 from rlcore.trainers.shared.metrics import Clock, Means
-from rlcore.trainers.shared.run import batch_indices, mix_seed
+from rlcore.trainers.shared.order import batch_indices, mix_seed
 
 # Spies wrap this one, not each other.
 ADAMW_STEP = torch.optim.AdamW.step
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(config, mon
 
 
 def test_an_infinite_gradient_stops_the_run_before_its_step(config, monkeypatch):
-    monkeypatch.setattr(common, "clip_gradients", lambda run: float("inf"))
+    monkeypatch.setattr(stepping, "clip_gradients", lambda run: float("inf"))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(TrainingDiverged, match="step 1: grad_norm is inf"):
         train_sft(config)

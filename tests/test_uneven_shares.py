@@ -9,7 +9,7 @@ from helpers.ranks import launch_two
 from helpers.uneven_shares import HELD_OUT, assert_same_step, every_run, write_data
 
 from rlcore.models.loading import load_policy
-from rlcore.trainers.shared import run
+from rlcore.trainers.shared import writing
 
 RUNS = [
     *(f"{name}{n}" for n in HELD_OUT for name in ("sft", "dpo", "precomputed", "reward_model")),
@@ -66,6 +66,6 @@ def test_a_directory_is_claimed_once_every_process_has_looked_at_it(monkeypatch,
     made = make_run(config(tmp_path))
     seen = []
     monkeypatch.setattr(made.accelerator, "wait_for_everyone", lambda: seen.append("waited"))
-    monkeypatch.setattr(run, "_claim", lambda *_: seen.append("claimed"))
-    with run.tracking(made, {"tracker": object()}, "GRPO", ()):
+    monkeypatch.setattr(writing, "_claim", lambda *_: seen.append("claimed"))
+    with writing.tracking(made, {"tracker": object()}, "GRPO", ()):
         assert seen == ["waited", "claimed"]

@@ -24,7 +24,7 @@ from rlcore.runs.ranges import Count, Natural, NotNegative, Seed, Share, check_r
 from rlcore.sampling.rewards import check_columns, compute_rewards
 from rlcore.trainers.options.load import LoadConfig, check_load_config
 from rlcore.trainers.options.reward import RewardConfig
-from rlcore.trainers.shared.collect import Judge, make_judge
+from rlcore.trainers.shared.judging import Judge, make_judge
 
 PROMPT = "> "
 

@@ -35,9 +35,10 @@ from rlcore.sampling.rollout import check_sampling, generate
 from rlcore.sampling.scores import Estimate, estimate, pass_at_k
 from rlcore.trainers.options.load import LoadConfig, check_load_config
 from rlcore.trainers.options.reward import RewardConfig
-from rlcore.trainers.shared.collect import Judge, as_samples, make_judge, repeated
+from rlcore.trainers.shared.collect import as_samples, repeated
+from rlcore.trainers.shared.judging import Judge, make_judge
 from rlcore.trainers.shared.loading import load_prompt_rows
-from rlcore.trainers.shared.run import mix_seed, split
+from rlcore.trainers.shared.order import mix_seed, split
 
 
 @dataclass(kw_only=True)

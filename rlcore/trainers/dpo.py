@@ -27,27 +27,18 @@ from rlcore.models.heads import without_padding
 from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.dpo import DPOConfig, check_dpo_config
-from rlcore.trainers.shared.collect import Judge, collect, evaluate, make_judge, show_completions
+from rlcore.trainers.shared.collect import collect
+from rlcore.trainers.shared.evaluation import evaluate, show_completions
 from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
+from rlcore.trainers.shared.judging import Judge, make_judge
 from rlcore.trainers.shared.loading import Data, load_data, load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.order import batch_indices, mix_seed, shared_out, summed
 from rlcore.trainers.shared.policies import Policy, as_reference, load_wanted_reference
-from rlcore.trainers.shared.run import (
-    Result,
-    Run,
-    batch_indices,
-    finish_run,
-    make_accelerator,
-    mix_seed,
-    optimizer_step,
-    save_if_due,
-    shared_out,
-    start_run,
-    summed,
-    total_steps,
-    tracking,
-)
+from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.stepping import optimizer_step
+from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["DPOConfig", "train_dpo"]
 

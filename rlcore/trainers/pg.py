@@ -21,7 +21,7 @@ from rlcore.functional.advantages import leave_one_out_advantage
 from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.pg import PGConfig, RLOOConfig, check_pg_config
-from rlcore.trainers.shared.collect import Sampled, collect, evaluate, make_judge
+from rlcore.trainers.shared.collect import Sampled, collect
 from rlcore.trainers.shared.credit import everywhere, judged_only, mine, token_reward, whitened
 from rlcore.trainers.shared.critic import (
     Critic,
@@ -32,11 +32,14 @@ from rlcore.trainers.shared.critic import (
     predict_values,
     value_step,
 )
+from rlcore.trainers.shared.evaluation import evaluate
 from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
+from rlcore.trainers.shared.judging import make_judge
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.order import batch_indices, mix_seed
 from rlcore.trainers.shared.policies import (
     Policy,
     as_reference,
@@ -45,19 +48,9 @@ from rlcore.trainers.shared.policies import (
     load_wanted_reference,
     micro_batches,
 )
-from rlcore.trainers.shared.run import (
-    Result,
-    Run,
-    batch_indices,
-    finish_run,
-    make_accelerator,
-    mix_seed,
-    optimizer_step,
-    save_if_due,
-    start_run,
-    total_steps,
-    tracking,
-)
+from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.stepping import optimizer_step
+from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["PGConfig", "RLOOConfig", "train_pg"]
 

@@ -24,15 +24,18 @@ from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.ppo import PPOConfig, check_ppo_config
 from rlcore.trainers.ppo_update import update, warm_up
-from rlcore.trainers.shared.collect import Sampled, collect, evaluate, make_judge
+from rlcore.trainers.shared.collect import Sampled, collect
 from rlcore.trainers.shared.credit import judged_only, objective_metrics, token_reward, whitened
 from rlcore.trainers.shared.critic import Critic, explained_variance, load_critic, predict_values
 from rlcore.trainers.shared.divergence import require_finite
+from rlcore.trainers.shared.evaluation import evaluate
 from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
+from rlcore.trainers.shared.judging import make_judge
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.order import batch_indices, mix_seed, summed
 from rlcore.trainers.shared.policies import (
     Policy,
     as_reference,
@@ -40,19 +43,8 @@ from rlcore.trainers.shared.policies import (
     load_wanted_reference,
     shuffled_rows,
 )
-from rlcore.trainers.shared.run import (
-    Result,
-    Run,
-    batch_indices,
-    finish_run,
-    make_accelerator,
-    mix_seed,
-    save_if_due,
-    start_run,
-    summed,
-    total_steps,
-    tracking,
-)
+from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["PPOConfig", "train_ppo"]
 

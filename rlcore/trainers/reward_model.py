@@ -31,20 +31,10 @@ from rlcore.trainers.shared.given import Given, Unpack, tokenizer_of, with_objec
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_data
 from rlcore.trainers.shared.metrics import Clock, Log, Means
-from rlcore.trainers.shared.run import (
-    Result,
-    Run,
-    batch_indices,
-    finish_run,
-    make_accelerator,
-    optimizer_step,
-    save_if_due,
-    shared_out,
-    start_run,
-    summed,
-    total_steps,
-    tracking,
-)
+from rlcore.trainers.shared.order import batch_indices, shared_out, summed
+from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.stepping import optimizer_step
+from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["RewardModelConfig", "train_reward_model"]
 

@@ -22,25 +22,15 @@ from rlcore.data.loading import SFT_COLUMNS, load_rows
 from rlcore.models.forward import evaluating
 from rlcore.runs.ranges import Length, Natural, Positive
 from rlcore.trainers.options.base import TrainConfig, check_train_config
-from rlcore.trainers.shared.collect import show_completions
+from rlcore.trainers.shared.evaluation import show_completions
 from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.loading import load_data
 from rlcore.trainers.shared.metrics import Clock, Log
-from rlcore.trainers.shared.run import (
-    Result,
-    Run,
-    batch_indices,
-    finish_run,
-    make_accelerator,
-    optimizer_step,
-    save_if_due,
-    shared_out,
-    start_run,
-    summed,
-    total_steps,
-    tracking,
-)
+from rlcore.trainers.shared.order import batch_indices, shared_out, summed
+from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.stepping import optimizer_step
+from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 DISPLAYED = ("loss", "learning_rate", "tokens_per_second")
 

@@ -23,7 +23,7 @@ from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.options.trpo import ADVANTAGES, TRPOConfig, check_trpo_config
-from rlcore.trainers.shared.collect import Sampled, collect, evaluate, make_judge
+from rlcore.trainers.shared.collect import Sampled, collect
 from rlcore.trainers.shared.credit import judged_only, token_reward
 from rlcore.trainers.shared.critic import (
     Critic,
@@ -34,9 +34,11 @@ from rlcore.trainers.shared.critic import (
     value_step,
 )
 from rlcore.trainers.shared.divergence import require_finite
+from rlcore.trainers.shared.evaluation import evaluate
 from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
+from rlcore.trainers.shared.judging import make_judge
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
 from rlcore.trainers.shared.natural_gradient import (
@@ -47,20 +49,10 @@ from rlcore.trainers.shared.natural_gradient import (
     search_step,
     supports_forward_ad,
 )
+from rlcore.trainers.shared.order import batch_indices, mix_seed, summed
 from rlcore.trainers.shared.policies import counted_items, micro_batches
-from rlcore.trainers.shared.run import (
-    Result,
-    Run,
-    batch_indices,
-    finish_run,
-    make_accelerator,
-    mix_seed,
-    save_if_due,
-    start_run,
-    summed,
-    total_steps,
-    tracking,
-)
+from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["TRPOConfig", "train_trpo"]
 

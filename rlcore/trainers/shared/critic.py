@@ -22,14 +22,9 @@ from rlcore.trainers.options.value import ValueConfig
 from rlcore.trainers.shared.divergence import require_finite
 from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.policies import micro_batches
-from rlcore.trainers.shared.run import (
-    Run,
-    clip_gradients,
-    make_optimizer,
-    optimizer_step,
-    set_learning_rate,
-    whole_weights,
-)
+from rlcore.trainers.shared.run import Run, make_optimizer
+from rlcore.trainers.shared.stepping import clip_gradients, optimizer_step, set_learning_rate
+from rlcore.trainers.shared.writing import whole_weights
 
 # a model of its own is saved beside the policy, as a directory that transformers loads
 VALUE_MODEL = "value_model"

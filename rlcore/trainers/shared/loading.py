@@ -17,7 +17,7 @@ from rlcore.runs.resuming import held_out_sets
 from rlcore.sampling.rewards import check_columns
 from rlcore.trainers.options.base import TrainConfig
 from rlcore.trainers.options.sampling import SamplingConfig
-from rlcore.trainers.shared.collect import Judge
+from rlcore.trainers.shared.judging import Judge
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from rlcore.models.heads import Head, choose_head
 from rlcore.models.loading import check_tokenizer, load_reference
 from rlcore.trainers.options.sampling import SamplingConfig
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.run import Run, mix_seed, summed
+from rlcore.trainers.shared.order import mix_seed, summed
+from rlcore.trainers.shared.run import Run
 
 
 @dataclass(frozen=True)
