@@ -28,6 +28,7 @@ _LOWER_IS_BETTER = ("loss", "kl", "perplexity", "grad_norm")
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=+*%#"
 _TREND_WIDTH = 24
+_DRAWN_A_SECOND = 4
 # plain lines come no closer than this, the first and the last excepted
 _SECONDS_BETWEEN_LINES = 1.0
 
@@ -104,7 +105,7 @@ class Display:
         self._metrics: Mapping[str, float] = {}
         self._course: list[float] = []  # of the first column
         self._live: Live | None = None
-        self._printed = -math.inf
+        self._printed = self._drawn = -math.inf
 
     @property
     def is_live(self) -> bool:
@@ -115,7 +116,9 @@ class Display:
         self._started = self._updated = time.monotonic()
         if self._console.is_terminal:
             self._live = Live(
-                get_renderable=self._render, console=self._console, refresh_per_second=4
+                get_renderable=self._render,
+                console=self._console,
+                refresh_per_second=_DRAWN_A_SECOND,
             )
             self._live.start()
 
@@ -135,10 +138,16 @@ class Display:
         self._step, self._updated = step, time.monotonic()
         self._take(step, metrics)
         if self._live:
-            self._live.refresh()
+            self._draw()
         elif self._is_due(step, metrics):
             self._printed = self._updated
             self._print_line(metrics)
+
+    def _draw(self) -> None:
+        """Draw at once, unless that was done a moment ago: rich draws again soon by itself."""
+        if time.monotonic() - self._drawn >= 1 / _DRAWN_A_SECOND:
+            self._live.refresh()
+            self._drawn = time.monotonic()
 
     def recall(self, lines: Sequence[Mapping[str, float]]) -> None:
         """Take what a resumed run had measured before, a line with its "step" each."""
@@ -168,7 +177,7 @@ class Display:
         """Show the first two from now on; on a terminal alone."""
         self._samples = step, list(samples[:2])
         if self._live:
-            self._live.refresh()
+            self._draw()
 
     def held_out_course(self) -> str | None:
         """Start, end and best of what was held out, in a sentence; None without two values."""
