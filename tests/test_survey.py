@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from rlcore.demo import arithmetic, survey
+from rlcore.demo import arithmetic, survey, survey_report
 from rlcore.demo.demo import DemoConfig, demo
 from rlcore.demo.survey import METHODS, SAMPLES, Measurement, Outcome, run_survey
 from rlcore.demo.survey_report import Survey, show
@@ -130,6 +132,20 @@ def test_every_method_learns_from_as_many_samples(name, tmp_path):
     assert config.seed == 3 and config.model == str(start.sft)
     batches = config.max_steps / config.updates_per_batch
     assert batches * config.completions_per_process == SAMPLES
+
+
+def test_each_method_is_told_as_it_ends_beside_what_the_docs_say():
+    text = (Path(__file__).parents[1] / "docs" / "survey.md").read_text(encoding="utf-8")
+    cells = re.findall(
+        r"^\| ([\w-]+) \| ([\w ]+) \| [^|]+ \| [\d.]+ \((\.\d+)-(\.\d+)\)", text, re.M
+    )
+    written = {(label, judge): (float(low), float(high)) for label, judge, low, high in cells}
+    assert written == survey_report.PUBLISHED
+    assert {(m.label, m.judge) for m in METHODS.values()} == written.keys()
+    end = Measurement(samples=5120, greedy=0.9861, sampled=0.77, kl=0.2)
+    assert survey_report.came_out(5, 8, METHODS["grpo"], end) == (
+        "5 of 8: GRPO on the verifier: greedy 0.986, sampled 0.770 (docs/survey.md: 0.766 to 0.832)"
+    )
 
 
 def test_the_pairs_of_dpo_took_as_many_samples(tmp_path):

@@ -136,9 +136,15 @@ def run_survey(
         home = directory / f"seed{seed}"
         start, accuracy = _make_start(console, home, seed)
         accuracies.append(accuracy)
-        for name, method in METHODS.items():
-            console.rule(f"seed {seed}: {method.label} on the {method.judge}", align="left")
-            outcomes[name].append(_run_method(method, home / name, start, seed))
+        for number, (name, method) in enumerate(METHODS.items(), start=1):
+            place = f"{number} of {len(METHODS)}"
+            console.rule(
+                f"seed {seed}, {place}: {method.label} on the {method.judge}", align="left"
+            )
+            outcome = _run_method(method, home / name, start, seed)
+            outcomes[name].append(outcome)
+            told = survey_report.came_out(number, len(METHODS), method, outcome.curve[-1])
+            console.print(told, soft_wrap=True)
     survey = Survey(seeds, METHODS, outcomes, accuracies)
     survey_report.write(directory, survey)
     survey_report.show(console, survey)
