@@ -6,6 +6,7 @@ up when the command runs, so that `rlcore --help` imports no trainer.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -25,6 +26,7 @@ from rlcore.errors import TrainingDiverged, TrainingStopped, UserError, unknown_
 from rlcore.runs.config import flag_name, load_config
 from rlcore.runs.options import Option, options
 
+LOADING = "reading the model and the data"
 USAGE_STATUS = 2
 DIVERGED_STATUS = 1
 INTERRUPTED_STATUS = 130
@@ -66,8 +68,11 @@ def _run(arguments: list[str]) -> int:
 
         check_apart(config.output_dir, {"config": yaml_path})
     _quiet_libraries()
+    from rlcore.runs.display import loading
+
     try:
-        result = getattr(module, command.function)(config)
+        with loading(LOADING) if name.startswith("train ") else contextlib.nullcontext():
+            result = getattr(module, command.function)(config)
     except TrainingStopped as stop:
         status = 128 + signal.Signals[stop.signal_name]
         return _fail(f"{stop}{_way_on(config)}", status, label="") if _speaks() else status

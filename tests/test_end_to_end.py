@@ -110,6 +110,9 @@ def test_train_stop_go_on_score_talk_compare_and_report(home, capsys):
     ]
     terminal = Terminal(train, home)
     terminal.read_until(r"step \d+, of one prompt: \d+\+1=")
+    assert terminal.shown.index("reading the model and the data") < terminal.shown.index(
+        "GRPO  run"
+    )
     assert "GRPO  run  Qwen2" in terminal.shown and "held-out reward" in terminal.shown
     terminal.press_ctrl_c()
     assert terminal.end() == 130

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -79,6 +81,30 @@ def trend(values: list[float], bars: str = _BARS) -> str:
     return "".join(bars[round((mean - low) * scale)] for mean in means)
 
 
+_loading: Status | None = None  # at most one, until a display takes its place
+
+
+@contextlib.contextmanager
+def loading(text: str) -> Iterator[None]:
+    """Say on a terminal what takes its time, until the block ends or a Display starts."""
+    global _loading
+    console = Console(stderr=True)
+    if console.is_terminal:
+        _loading = console.status(text)
+        _loading.start()
+    try:
+        yield
+    finally:
+        _end_loading()
+
+
+def _end_loading() -> None:
+    global _loading
+    if _loading is not None:
+        _loading.stop()
+        _loading = None
+
+
 class Display:
     """Shows steps and metrics on `console`: a live block on a terminal, plain lines elsewhere."""
 
@@ -113,6 +139,7 @@ class Display:
         return self._live is not None
 
     def start(self) -> None:
+        _end_loading()
         self._started = self._updated = time.monotonic()
         if self._console.is_terminal:
             self._live = Live(
