@@ -10,8 +10,9 @@ from helpers.tiny import PROMPTS, save_tiny, tiny_model, tiny_tokenizer
 from rlcore.data.encoding import Example, collate
 from rlcore.errors import UserError
 from rlcore.models import forward
+from rlcore.models.dropout import disable_dropout
 from rlcore.models.forward import completion_logits, position_ids
-from rlcore.models.loading import disable_dropout, load_policy, load_reference, load_tokenizer
+from rlcore.models.loading import load_policy, load_reference, load_tokenizer
 
 KINDS = ["gpt2", "llama", "qwen2", "gemma2", "gemma3"]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.modules.dropout import _DropoutNd
 
 from rlcore.data.chat import set_template_variables
 from rlcore.errors import UserError, reason_of
@@ -24,7 +23,8 @@ from rlcore.models.adapters import (
     load_adapter,
     merge_adapter,
 )
-from rlcore.models.forward import probe_rows, reading_fault
+from rlcore.models.dropout import check_quiet, disable_dropout
+from rlcore.models.forward import reading_fault
 
 
 def load_tokenizer(
@@ -155,7 +155,7 @@ def _policy(model: Any, name: str, gradient_checkpointing: bool, dropout: bool) 
         raise UserError(f"{name!r} is no model to train: {fault}")
     model = _to_train(model, gradient_checkpointing, dropout)
     if not dropout:
-        _check_quiet(model, name)
+        check_quiet(model, name)
     return model
 
 
@@ -364,37 +364,3 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         hf_logging.set_verbosity(verbosity)
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: a policy ratio means nothing when each pass draws another network."""
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        # many architectures keep a rate as a plain number: layerdrop, jitter_noise
-        for name in _rates(vars(module)):
-            setattr(module, name, 0.0)
-
-
-def _rates(values: dict[str, Any]) -> list[str]:
-    """The names among those of a module or a configuration that make a forward pass random."""
-    return [
-        name
-        for name, value in values.items()
-        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
-    ]
-
-
-@torch.no_grad()
-def _check_quiet(model: Any, name_or_path: str) -> None:
-    """Raise UserError where two passes in training mode differ though dropout is off."""
-    rates = _rates(model.config.get_text_config().to_dict())
-    if not rates:
-        return
-    ids, _ = probe_rows(model)
-    first, second = (model(ids, use_cache=False).logits for _ in range(2))
-    if not torch.equal(first, second):
-        raise UserError(
-            f"{name_or_path!r}: the dropout of a {type(model).__name__} cannot be switched off, as "
-            f"policy ratios need it: set {', '.join(rates)} to 0 in its config.json"
-        )
