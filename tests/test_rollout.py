@@ -9,7 +9,7 @@ from helpers.tiny import PROMPTS, tiny_model, tiny_tokenizer
 
 from rlcore.errors import UserError
 from rlcore.models.forward import completion_logits
-from rlcore.sampling import rollout
+from rlcore.sampling import choosing, rollout
 from rlcore.sampling.rollout import check_sampling, generate
 
 KINDS = ["gpt2", "llama", "qwen2", "gemma2", "gemma3"]
@@ -191,7 +191,7 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass():
         (0.5, 2): [1],
     }
     for (top_p, top_k), tokens in kept_by.items():
-        left = rollout._truncated(probabilities, top_p, top_k)
+        left = choosing.truncated(probabilities, top_p, top_k)
         assert left[0].nonzero().squeeze(1).tolist() == tokens
         assert torch.equal(left[0, tokens], probabilities[0, tokens])
 
@@ -255,3 +255,36 @@ def test_a_cache_that_loses_its_place_is_noticed(monkeypatch):
     )
     with pytest.raises(UserError, match="cannot be sampled from a GPT2LMHeadModel"):
         check_sampling(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6, "temperature": 1.5}]
+)
+def test_every_token_comes_with_the_log_probability_that_it_was_drawn_with(options):
+    model = tiny_model(initializer_range=0.05)
+    model.generation_config.eos_token_id = list(range(5, 15))
+    result = generate(
+        model, tiny_tokenizer(), PROMPTS, num_generations=3, max_new_tokens=NEW, **options
+    )
+    length = result.completion_ids.shape[1]
+    logits = completion_logits(model, result.input_ids, result.attention_mask, length)
+    probabilities = (logits / options.get("temperature", 1.0)).softmax(-1)
+    flat = choosing.truncated(
+        probabilities.flatten(0, 1), options.get("top_p", 1.0), options.get("top_k", 0)
+    )
+    drawn_with = (flat / flat.sum(-1, keepdim=True)).view_as(probabilities)
+    logp = drawn_with.gather(-1, result.completion_ids[..., None]).squeeze(-1).log()
+    mask = result.completion_mask
+    assert not mask.all()
+    torch.testing.assert_close(result.sampling_logp[mask], logp[mask], rtol=0, atol=1e-5)
+    assert torch.all(result.sampling_logp[~mask] == 0)
+
+
+def test_a_greedy_token_comes_with_its_log_probability_under_the_model():
+    model = tiny_model()
+    result = greedy(model)
+    length = result.completion_ids.shape[1]
+    logits = completion_logits(model, result.input_ids, result.attention_mask, length)
+    logp = logits.log_softmax(-1).gather(-1, result.completion_ids[..., None]).squeeze(-1)
+    mask = result.completion_mask
+    torch.testing.assert_close(result.sampling_logp[mask], logp[mask], rtol=0, atol=1e-5)

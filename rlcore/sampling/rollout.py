@@ -7,8 +7,7 @@ once they are half of it. The same seed gives the same completions.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from rlcore.models.forward import (
     same_logits,
     unwrapped,
 )
+from rlcore.sampling.choosing import Chooser, likeliest, sampled
 
 # what models call the states that they go on from
 CACHES = ("past_key_values", "cache_params")
@@ -44,6 +44,9 @@ class Rollout:
     completion_mask: torch.Tensor  # (N, C) bool: up to and with eos
     completions: list[str]  # N texts without special tokens and what ended them
     truncated: torch.Tensor  # (N,) bool: max_new_tokens came before eos
+    # (N, C) float32: of the distribution that each token was drawn from, tempered and truncated as
+    # it was; of greedy ones the model's own; 0 where masked
+    sampling_logp: torch.Tensor
 
 
 def generate(
@@ -86,26 +89,49 @@ def generate(
     prompt_ids = pad(encoded, tokenizer.pad_token_id, "left").to(device)  # (B, P)
     prompt_mask = pad([[1] * len(ids) for ids in encoded], 0, "left").to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    choose = _likeliest if greedy else _sampler(temperature, top_p, top_k, generator)
+    choose = likeliest if greedy else sampled(temperature, top_p, top_k, generator)
     eos = end_tokens(model, tokenizer).to(device)
     with torch.no_grad(), evaluating(model):
         decoder = _Decoder(model, prompt_ids, prompt_mask, num_generations)
-        ids, broken = _decode(decoder, choose, eos, max_new_tokens, not full_length)
+        ids, logp, broken = _decode(decoder, choose, eos, max_new_tokens, not full_length)
     if broken:
         raise FloatingPointError(f"{type(model).__name__} gives logits that are NaN or infinite")
-    completion_mask, truncated = _up_to_end(ids, eos)
-    completion_ids = torch.where(completion_mask, ids, tokenizer.pad_token_id)
-    spoken = completion_mask & ~torch.isin(ids, eos)
-    prompt_ids = prompt_ids.repeat_interleave(num_generations, 0)
-    prompt_mask = prompt_mask.repeat_interleave(num_generations, 0)
+    return as_rollout(tokenizer, prompts, encoded, ids, logp, eos)
+
+
+def as_rollout(
+    tokenizer: Any,
+    prompts: Sequence[str | list[dict] | list[int]],
+    encoded: Sequence[Sequence[int]],
+    ids: torch.Tensor,
+    logp: torch.Tensor,
+    eos: torch.Tensor,
+) -> Rollout:
+    """The Rollout of sampled tokens, on their device.
+
+    Args:
+        prompts, encoded: B prompts as they were given, and as token ids.
+        ids: (N, C) int64, the generations of a prompt next to each other; of each row what comes
+            up to its first end token counts.
+        logp: (N, C), what each token was drawn with.
+        eos: (E,) int64, the end tokens.
+    """
+    repeats = len(ids) // len(encoded)
+    prompt_ids = pad(encoded, tokenizer.pad_token_id, "left").to(ids.device)  # (B, P)
+    prompt_mask = pad([[1] * len(row) for row in encoded], 0, "left").to(ids.device)
+    prompt_ids, prompt_mask = (x.repeat_interleave(repeats, 0) for x in (prompt_ids, prompt_mask))
+    mask, truncated = _up_to_end(ids, eos)
+    completion_ids = torch.where(mask, ids, tokenizer.pad_token_id)
+    spoken = mask & ~torch.isin(ids, eos)
     return Rollout(
         input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
-        attention_mask=torch.cat([prompt_mask, completion_mask.long()], dim=1),
+        attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),
         prompt_length=prompt_ids.shape[1],
         completion_ids=completion_ids,
-        completion_mask=completion_mask,
+        completion_mask=mask,
         completions=_texts(tokenizer, prompts, completion_ids, spoken),
         truncated=truncated,
+        sampling_logp=torch.where(mask, logp.float(), 0.0),
     )
 
 
@@ -192,25 +218,27 @@ def check_sampling(model: Any) -> None:
         )
 
 
-# from logits (N, V) to a token a row, (N,), and whether its logits were not fit to choose by, (N,)
-Chooser = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
 def _decode(
     decoder: _Decoder, choose: Chooser, eos: torch.Tensor, max_new_tokens: int, drop_ended: bool
-) -> tuple[torch.Tensor, bool]:
-    """(ids (N, C) int64: every row's tokens, where what follows an end token means nothing; broken:
-    some token was chosen from logits that were not fit for it)."""
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """(ids, logp, broken) of the rows that are decoded.
+
+    ids (N, C) int64 are their tokens, logp (N, C) float32 what these were drawn with, both
+    undefined behind an end token; broken: some token was chosen from logits that were not fit.
+    """
     count = len(decoder.mask)
     rows = torch.arange(count, device=eos.device)  # the rows still in the decoder
     ended = torch.zeros(count, dtype=torch.bool, device=eos.device)
     columns: list[torch.Tensor] = []
+    logps: list[torch.Tensor] = []
     broken = torch.zeros((), dtype=torch.bool, device=eos.device)
     while True:
-        token, unfit = choose(decoder.logits)
+        token, logp, unfit = choose(decoder.logits)
         broken |= unfit.any()
         columns.append(torch.zeros(count, dtype=torch.int64, device=eos.device))
         columns[-1][rows] = token
+        logps.append(torch.zeros(count, device=eos.device))
+        logps[-1][rows] = logp
         ended = ended | torch.isin(token, eos)
         ended_rows = int(ended.sum()) if drop_ended else 0
         if len(columns) == max_new_tokens or (drop_ended and ended_rows == len(ended)):
@@ -220,7 +248,7 @@ def _decode(
             decoder.keep(alive)
             rows, ended, token = rows[alive], ended[alive], token[alive]
         decoder.advance(token)
-    return torch.stack(columns, dim=1), bool(broken)
+    return torch.stack(columns, dim=1), torch.stack(logps, dim=1), bool(broken)
 
 
 def _up_to_end(ids: torch.Tensor, eos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,40 +275,3 @@ def _texts(
             clean_up_tokenization_spaces=False,
         )
     return texts
-
-
-def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # a NaN counts as the largest
-    largest, token = logits.max(-1)
-    return token, ~largest.isfinite()
-
-
-def _sampler(temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Chooser:
-    """A chooser that samples."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive, not {temperature}; greedy=True is its 0")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or positive, not {top_k}")
-
-    def choose(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        probabilities = (logits.float() / temperature).softmax(-1)
-        # one NaN or +inf among the logits makes a NaN of every probability
-        unfit = probabilities[:, 0].isnan()
-        probabilities.masked_fill_(unfit[:, None], 1.0)
-        if top_k or top_p < 1:
-            probabilities = _truncated(probabilities, top_p, top_k)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1), unfit
-
-    return choose
-
-
-def _truncated(probabilities: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """The `top_k` likeliest tokens, and of these the fewest that hold `top_p` of their mass."""
-    count = min(top_k, probabilities.shape[-1]) if top_k else probabilities.shape[-1]
-    kept, index = probabilities.topk(count)
-    mass_before = kept.cumsum(-1) - kept
-    # The likeliest token stays at any top_p: nothing comes before it.
-    kept = kept.masked_fill(mass_before >= top_p * kept.sum(-1, keepdim=True), 0.0)
-    return torch.zeros_like(probabilities).scatter_(-1, index, kept)

@@ -25,7 +25,6 @@ from rlcore.data.pairs import Pair, collate_pairs, load_pairs
 from rlcore.models.forward import evaluating
 from rlcore.models.heads import without_padding
 from rlcore.sampling.rewards import RewardLike
-from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.dpo import DPOConfig, check_dpo_config
 from rlcore.trainers.shared.collect import collect
 from rlcore.trainers.shared.evaluation import evaluate, show_completions
@@ -37,6 +36,7 @@ from rlcore.trainers.shared.metrics import Clock, Log, Means
 from rlcore.trainers.shared.order import batch_indices, mix_seed, shared_out, summed
 from rlcore.trainers.shared.policies import Policy, as_reference, load_wanted_reference
 from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.samplers import check_sampler, make_sampler
 from rlcore.trainers.shared.stepping import optimizer_step
 from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
@@ -102,13 +102,15 @@ def train_dpo(
         held_out = {name: PairData(pairs) for name, pairs in held_out.items()}
     model = policy_of(config, dropout=False)
     if config.online:
-        check_sampling(model)
+        check_sampler(config, model)
     reference = load_wanted_reference(config, tokenizer)
     loaded.check_models(tokenizer, model, reference)
     rows = config.pairs_per_process * accelerator.num_processes  # of an optimizer step
     steps = total_steps(config, len(data), rows)
     source = data if config.online else data.pairs
     run = start_run(config, accelerator, model, tokenizer, steps, data=source, notes=loaded.notes)
+    if config.online:
+        run.sampler = make_sampler(run)
     if config.padding_free:
         run.head = without_padding(run.head, run.policy)
     reference = as_reference(run, reference)

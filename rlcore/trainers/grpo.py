@@ -19,7 +19,6 @@ import torch
 import rlcore as rl
 from rlcore.functional.advantages import group_advantage
 from rlcore.sampling.rewards import RewardLike
-from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig, check_grpo_config
 from rlcore.trainers.shared.collect import collect, note_advantages
 from rlcore.trainers.shared.evaluation import evaluate
@@ -41,6 +40,7 @@ from rlcore.trainers.shared.policies import (
     shuffled_rows,
 )
 from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.samplers import check_sampler, make_sampler
 from rlcore.trainers.shared.stepping import optimizer_step
 from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
@@ -77,13 +77,14 @@ def train_grpo(
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
     model = policy_of(config, dropout=False)
-    check_sampling(model)
+    check_sampler(config, model)
     reference = load_wanted_reference(config, tokenizer)
     data.check_models(tokenizer, model, reference)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
     updates = config.updates_per_batch  # optimizer steps that it serves
     steps = total_steps(config, len(rows), prompts / updates)
     run = start_run(config, accelerator, model, tokenizer, steps, data=rows, notes=data.notes)
+    run.sampler = make_sampler(run)
     reference = as_reference(run, reference)
     with tracking(run, given, "GRPO", DISPLAYED) as tracker:
         log, clock, step = Log(run, tracker), Clock(), run.first_step

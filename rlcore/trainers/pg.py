@@ -19,7 +19,6 @@ import torch
 import rlcore as rl
 from rlcore.functional.advantages import leave_one_out_advantage
 from rlcore.sampling.rewards import RewardLike
-from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.pg import PGConfig, RLOOConfig, check_pg_config
 from rlcore.trainers.shared.collect import Sampled, collect
 from rlcore.trainers.shared.credit import everywhere, judged_only, mine, token_reward, whitened
@@ -49,6 +48,7 @@ from rlcore.trainers.shared.policies import (
     micro_batches,
 )
 from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.samplers import check_sampler, make_sampler
 from rlcore.trainers.shared.stepping import optimizer_step
 from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
@@ -85,7 +85,7 @@ def train_pg(
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
     model = policy_of(config, dropout=False)
-    check_sampling(model)
+    check_sampler(config, model)
     critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
     reference = load_wanted_reference(config, tokenizer)
     data.check_models(tokenizer, model, critic and critic.model, reference)
@@ -101,6 +101,7 @@ def train_pg(
         data=rows,
         notes=data.notes,
     )
+    run.sampler = make_sampler(run)
     reference = as_reference(run, reference)
     with tracking(run, given, "PG", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()

@@ -21,7 +21,6 @@ import torch
 import rlcore as rl
 from rlcore.functional.kl_control import ppo_kl_coef, proportional_kl_coef
 from rlcore.sampling.rewards import RewardLike
-from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.ppo import PPOConfig, check_ppo_config
 from rlcore.trainers.ppo_update import update, warm_up
 from rlcore.trainers.shared.collect import Sampled, collect
@@ -44,6 +43,7 @@ from rlcore.trainers.shared.policies import (
     shuffled_rows,
 )
 from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.samplers import check_sampler, make_sampler
 from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["PPOConfig", "train_ppo"]
@@ -79,7 +79,7 @@ def train_ppo(
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
     model = policy_of(config, dropout=False)
-    check_sampling(model)
+    check_sampler(config, model)
     critic = load_critic(config, model, tokenizer)
     reference = load_wanted_reference(config, tokenizer)
     data.check_models(tokenizer, model, critic.model, reference)
@@ -93,6 +93,7 @@ def train_ppo(
     run = start_run(
         config, accelerator, model, tokenizer, steps, prepare, data=rows, notes=data.notes
     )
+    run.sampler = make_sampler(run)
     reference = as_reference(run, reference)
     with tracking(run, given, "PPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()

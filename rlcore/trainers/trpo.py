@@ -20,7 +20,6 @@ import rlcore as rl
 from rlcore.errors import UserError
 from rlcore.models.forward import completion_logits
 from rlcore.sampling.rewards import RewardLike
-from rlcore.sampling.rollout import check_sampling
 from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.options.trpo import ADVANTAGES, TRPOConfig, check_trpo_config
 from rlcore.trainers.shared.collect import Sampled, collect
@@ -52,6 +51,7 @@ from rlcore.trainers.shared.natural_gradient import (
 from rlcore.trainers.shared.order import batch_indices, mix_seed, summed
 from rlcore.trainers.shared.policies import counted_items, micro_batches
 from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
+from rlcore.trainers.shared.samplers import check_sampler, make_sampler
 from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["TRPOConfig", "train_trpo"]
@@ -87,7 +87,7 @@ def train_trpo(
     data = load_prompts(config, tokenizer, judge)
     rows, held_out = data.train, data.held_out
     model = policy_of(config, dropout=False)
-    check_sampling(model)
+    check_sampler(config, model)
     critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
     data.check_models(tokenizer, model, critic and critic.model)
     prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
@@ -101,6 +101,7 @@ def train_trpo(
     run = start_run(
         config, accelerator, model, tokenizer, steps, prepare, data=rows, notes=data.notes
     )
+    run.sampler = make_sampler(run)
     policy = _policy(run)
     with tracking(run, given, "TRPO", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()

@@ -13,12 +13,13 @@ from rlcore.runs.samples import Sample, telling
 from rlcore.sampling.rewards import (
     Rewards,
 )
-from rlcore.sampling.rollout import Rollout, generate
+from rlcore.sampling.rollout import Rollout
 from rlcore.trainers.shared.divergence import stop_together
 from rlcore.trainers.shared.experience import Experience, from_rollout
 from rlcore.trainers.shared.judging import Judge
 from rlcore.trainers.shared.order import mix_seed, split
 from rlcore.trainers.shared.run import Run
+from rlcore.trainers.shared.samplers import generated
 
 PASSES = 1.0  # a completion passes where its reward is at least this
 SHOWN_TOKENS = 128  # of a completion that is there to be looked at alone
@@ -108,23 +109,6 @@ def note_advantages(run: Run, advantage: torch.Tensor) -> None:
     """Give the samples that are to be shown their advantage, of this process's (N,)."""
     for sample in run.samples.get("train", ()):
         sample.advantage = advantage[sample.row].item()
-
-
-def generated(run: Run, prompts: Sequence, **options: Any) -> Rollout | None:
-    """Completions of the policy; None where its logits are no numbers."""
-    config = run.config
-    try:
-        return generate(
-            run.policy,
-            run.tokenizer,
-            prompts,
-            max_new_tokens=config.max_completion_length,
-            max_prompt_length=config.max_prompt_length,
-            full_length=run.is_sharded,
-            **options,
-        )
-    except FloatingPointError:
-        return None
 
 
 def repeated(columns: Mapping[str, Sequence], times: int) -> dict[str, list]:

@@ -13,11 +13,12 @@ from rlcore.errors import UserError
 from rlcore.runs.samples import Sample
 from rlcore.sampling.rollout import Rollout, generate
 from rlcore.sampling.scores import pass_at_k
-from rlcore.trainers.shared.collect import chosen_samples, generated, repeated
+from rlcore.trainers.shared.collect import chosen_samples, repeated
 from rlcore.trainers.shared.divergence import stop_together
 from rlcore.trainers.shared.judging import Judge
 from rlcore.trainers.shared.order import mix_seed, shared_out
 from rlcore.trainers.shared.run import Run
+from rlcore.trainers.shared.samplers import generated
 
 PASSES = 1.0  # a completion passes where its reward is at least this
 SHOWN_TOKENS = 128  # of a completion that is there to be looked at alone

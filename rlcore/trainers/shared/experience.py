@@ -17,7 +17,8 @@ class Experience:
     attention_mask: torch.Tensor  # (N, P + C) int64
     mask: torch.Tensor  # (N, C) bool: the completion tokens that the loss counts
     advantage: torch.Tensor | None = None  # (N,) or (N, C)
-    old_logp: torch.Tensor | None = None  # (N, C): of the policy that sampled
+    old_logp: torch.Tensor | None = None  # (N, C): of the policy before its updates
+    sampling_logp: torch.Tensor | None = None  # (N, C): that the tokens were drawn with
     ref_logp: torch.Tensor | None = None  # (N, C): of the reference
     value: torch.Tensor | None = None  # (N, C): of the value model at the time of sampling
     returns: torch.Tensor | None = None  # (N, C): what the value model is to predict
@@ -49,7 +50,15 @@ class Experience:
         tokens = {name: getattr(self, name)[:, columns] for name in ("input_ids", "attention_mask")}
         per_token = {
             name: value[:, :length]
-            for name in ("mask", "advantage", "old_logp", "ref_logp", "value", "returns")
+            for name in (
+                "mask",
+                "advantage",
+                "old_logp",
+                "sampling_logp",
+                "ref_logp",
+                "value",
+                "returns",
+            )
             if (value := getattr(self, name)) is not None and value.dim() == 2
         }
         return replace(self, **tokens, **per_token)
@@ -69,4 +78,6 @@ def from_rollout(rollout: Rollout, *, mask_truncated_completions: bool) -> Exper
     mask = rollout.completion_mask
     if mask_truncated_completions:
         mask = mask & ~rollout.truncated[:, None]
-    return Experience(rollout.input_ids, rollout.attention_mask, mask)
+    return Experience(
+        rollout.input_ids, rollout.attention_mask, mask, sampling_logp=rollout.sampling_logp
+    )

@@ -26,6 +26,7 @@ from rlcore.runs.resuming import (
     fingerprints_of,
 )
 from rlcore.runs.samples import Sample
+from rlcore.sampling.sampler import Sampler
 from rlcore.trainers.options.base import TrainConfig
 from rlcore.trainers.shared.given import Callback
 from rlcore.trainers.shared.metrics import Moments
@@ -75,6 +76,7 @@ class Run:
     best: Best = field(default_factory=Best)
     facts: dict[str, Any] = field(default_factory=dict)  # what a reader of the run wants to know
     tracker: Any | None = None
+    sampler: Sampler | None = None  # of a run that samples
     callbacks: Sequence[Callback] = ()
     step: int = 0  # the last step that was begun
     prefix: str = ""  # of its quantities' names in errors

@@ -45,6 +45,8 @@ def tracking(run: Run, given: Given, description: str, columns: Iterable[str]) -
     """
     with contextlib.ExitStack() as held:
         run.stop = held.enter_context(stop_request())
+        if run.sampler is not None:
+            held.callback(run.sampler.close)
         # until every process has looked at the directory as it was
         run.accelerator.wait_for_everyone()
         on_main(run.accelerator, lambda: _claim(run, held))
