@@ -31,6 +31,11 @@ SAME = {
     "cispo": {"loss_agg_mode": "token-mean", "surrogate": "cispo_abs"},
     "sapo": {"loss_agg_mode": SEQUENCES, "surrogate": "sapo"},
 }
+# those of sequence level alone
+SAME_AT_SEQUENCE = {
+    "luspo": {"loss_agg_mode": "seq-mean-token-sum"},
+    "vespo": {"loss_agg_mode": "token-mean", "surrogate": "vespo"},
+}
 # TRL takes them in float32, whatever the losses' dtype: these are the same there
 TAUS = {"tau_pos": 0.75, "tau_neg": 1.25}
 SAME["sapo"]["surrogate_params"] = TAUS
@@ -62,7 +67,8 @@ def trl_loss(logits: Tensor, inputs: PolicyInputs, **changes) -> tuple[Tensor, d
         args=SimpleNamespace(
             delta=options["delta"], use_bias_correction_kl=options["bias_correction"],
             sapo_temperature_pos=TAUS["tau_pos"], sapo_temperature_neg=TAUS["tau_neg"],
-            steps_per_generation=1,
+            steps_per_generation=1, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0,
+            vespo_lambda_neg=2.0,
         ),
         _get_per_token_logps_and_entropies=lambda *_, **__: (logp, entropy, None),
         model=SimpleNamespace(training=True), accelerator=accelerator(),
@@ -72,6 +78,7 @@ def trl_loss(logits: Tensor, inputs: PolicyInputs, **changes) -> tuple[Tensor, d
         use_adaptive_entropy=False, entropy_coef=options["entropy_coef"],
         _entropy_bonus_enabled=options["entropy_coef"] != 0,
         _metrics={"train": defaultdict(list)},
+        get_gamma_weights=getattr(grpo_trainer.GRPOTrainer, "get_gamma_weights", None),
         **{k: options[k] for k in (
             "loss_type", "importance_sampling_level", "epsilon_low", "epsilon_high", "beta"
         )},
@@ -130,6 +137,19 @@ def test_loss_and_gradient_are_trls(loss_type, level, names):
     assert_same(
         ours(inputs, importance_sampling_level=level, beta=beta, **SAME[loss_type], **mine),
         theirs(inputs, loss_type=loss_type, importance_sampling_level=level, beta=beta, **high),
+    )
+
+
+@pytest.mark.parametrize("loss_type", SAME_AT_SEQUENCE)
+def test_losses_of_whole_sequences_are_trls(loss_type):
+    inputs = made("ref_logp")
+    # TRL has no level for vespo's ratio, and wants "token"
+    level = "token" if loss_type == "vespo" else "sequence"
+    high = {} if loss_type == "vespo" else {"epsilon_high": 0.3}
+    options = {"beta": 0.3, **SAME_AT_SEQUENCE[loss_type], **high}
+    assert_same(
+        ours(inputs, importance_sampling_level="sequence", **options),
+        theirs(inputs, loss_type=loss_type, importance_sampling_level=level, beta=0.3, **high),
     )
 
 

@@ -265,6 +265,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
         ({"loss_type": "grop"}, "unknown loss_type 'grop'. Did you mean 'grpo'"),
         ({"loss_type": "sapo", "delta": 2.0}, "loss_type 'sapo' does not use delta"),
         ({"loss_type": "cispo_abs"}, "loss_type 'cispo_abs' needs epsilon_high"),
+        ({"loss_type": "sapo", "surrogate_params": {"tau": 2.0}}, "may hold .*'tau_pos'.* 'tau'"),
+        ({"loss_type": "sapo", "surrogate_params": {"tau_pos": -1.0}}, "'sapo': tau_pos must be"),
+        ({"surrogate_params": {"tau_pos": 1.0}}, "loss_type 'dapo': surrogate_params of 'ppo_cl"),
+        (
+            {"loss_type": "luspo", "importance_sampling_level": "token"},
+            "loss_type 'luspo' has no importance ratio at token level",
+        ),
+        (
+            {"loss_type": "dppo_kl", "importance_sampling_level": "sequence"},
+            "loss_type 'dppo_kl' has no importance ratio at sequence level",
+        ),
+        ({"loss_type": "gmpo", "kl_estimator": "k3_ratio", "beta": 0.1}, "'gmpo' clips its token"),
         (
             {"importance_sampling_level": "sequnce"},
             "unknown importance_sampling_level 'sequnce'. Did you mean 'sequence'",

@@ -11,6 +11,7 @@ import torch
 from helpers import DEVICE, exact
 from helpers.exact import Token, assert_value
 from helpers.search import masks, numbers, search, tensors
+from helpers.surrogates import PRODUCTS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from mpmath import mp
@@ -32,6 +33,7 @@ OPTIONS = {
     "cispo_abs": {"epsilon_high": positive},
     "sapo": {"tau_pos": positive, "tau_neg": positive},
     "gmpo": CLIP,
+    "vespo": dict.fromkeys(("k_pos", "lambda_pos", "k_neg", "lambda_neg"), positive),
     "dppo_tv": CLIP,
     "dppo_kl": CLIP,
     "kl_cov": {"kl_coef": numbers()},
@@ -72,7 +74,7 @@ class Definition:
         at_sequence = call["importance_sampling_level"] == "sequence"
         shares = [not h for h in held]
         if at_sequence:
-            x = [mp.fsum(x) / count] * count
+            x = [mp.fsum(x) / (1 if name in PRODUCTS else count)] * count
         self.loss, self.size, self.clipped = [], [], list(held)
         by_ratio, self.slope, self.slope_size = [], [], []
         for t in range(count):
@@ -87,7 +89,7 @@ class Definition:
             self.slope_size.append(self._largest(parts, w))
             self.clipped[t] |= token.clipped
         if at_sequence:
-            by_ratio = [mp.fsum(by_ratio) / count] * count
+            by_ratio = [mp.fsum(by_ratio) / (1 if name in PRODUCTS else count)] * count
             self.slope_size = [max(self.slope_size)] * count
         self.slope = [
             s + share * r for s, share, r in zip(self.slope, shares, by_ratio, strict=True)

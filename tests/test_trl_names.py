@@ -16,7 +16,7 @@ from rlcore.data import tables
 from rlcore.data.loading import load_rows
 from rlcore.errors import UserError
 from rlcore.runs.aliases import ALIASES, ANSWERS, FOLDED, OF_OTHERS
-from rlcore.runs.config import load_config
+from rlcore.runs.config import load_config, save_config
 from rlcore.runs.options import init_fields
 from rlcore.runs.tracking import read_metrics
 from rlcore.sampling.rewards import load_reward
@@ -50,6 +50,32 @@ def test_flags_and_yaml_take_trls_names(tmp_path):
     (tmp_path / "c.yaml").write_text("model_name_or_path: m\ndataset_name: [d, e]\noutput_dir: o\n")
     config = load_config(SFTConfig, tmp_path / "c.yaml")
     assert (config.model, config.dataset) == ("m", ["d", "e"])
+
+
+def test_parameters_of_a_loss_come_as_json_as_yaml_and_by_trls_names(tmp_path):
+    needed = ["--model", "m", "--dataset", "d", "--output-dir", "o"]
+
+    def of(*flags, path=None):
+        return load_config(GRPOConfig, path, [*needed, *flags]).surrogate_params
+
+    assert of() is None
+    assert of("--surrogate-params", '{"tau_pos": 2}') == {"tau_pos": 2.0}
+    named = of("--sapo-temperature-neg", "1e-2", "--surrogate_params", '{"tau_pos": 2}')
+    assert named == {"tau_pos": 2.0, "tau_neg": 0.01}
+    assert of("--vespo_k_pos", "3", "--vespo_lambda_neg", "1") == {"k_pos": 3.0, "lambda_neg": 1.0}
+    (tmp_path / "c.yaml").write_text("surrogate_params: {tau_pos: 1e-3}\n")
+    assert of(path=tmp_path / "c.yaml") == {"tau_pos": 1e-3}
+    save_config(load_config(GRPOConfig, tmp_path / "c.yaml", needed), tmp_path / "saved.yaml")
+    assert of(path=tmp_path / "saved.yaml") == {"tau_pos": 1e-3}
+    for given in ("tau_pos", "{'tau_pos': 1}", '{"tau_pos": "high"}', "[1]"):
+        with pytest.raises(UserError, match="surrogate-params must be numbers by name"):
+            of("--surrogate-params", given)
+    with pytest.raises(UserError, match="surrogate_params must be"):
+        GRPOConfig(model="m", surrogate_params=[1.0])
+    with pytest.raises(UserError, match=r"surrogate_params must be.* finite, not inf"):
+        GRPOConfig(model="m", surrogate_params={"tau_pos": float("inf")})
+    with pytest.raises(UserError, match="unknown flag --vespo_k_pos: grpo has it"):
+        load_config(PPOConfig, None, [*needed, "--vespo_k_pos", "3"])
 
 
 def test_one_option_under_two_names_is_given_twice(tmp_path):

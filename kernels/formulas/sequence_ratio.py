@@ -1,6 +1,7 @@
 """Sums over sequences, and the importance ratio that a sequence's tokens share.
 
 s = exp(mean over the sequence's counted tokens of log pi / pi_old)      (GSPO)
+w = exp(sum over them), where the surrogate takes the product           (VESPO)
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ def share_sequence_ratio(
 ) -> tuple[Tensor, Tensor]:
     """An old_logp that gives each token its sequence's ratio, and the tokens clipped beforehand.
 
-    The ratio is that of GSPO (arXiv:2507.18071) eq. 7. A formula takes its ratio from
-    logp - old_logp, so what it gets for old_logp is logp - log s, with the gradient of both: r's
-    is then s's, which spreads over the sequence, while a logp beside a detached r keeps its own.
+    The ratio is that of GSPO (arXiv:2507.18071) eq. 7, or the product of the tokens' ratios. A
+    formula takes its ratio from logp - old_logp, so what it gets for old_logp is logp - log s,
+    with the gradient of both: r's is then s's, which spreads over the sequence, while a logp
+    beside a detached r keeps its own.
     """
     old_logp = logp.detach() if old_logp is None else old_logp
     x = torch.where(mask, log_ratio(logp, old_logp), 0.0)
-    clip_token = SURROGATES[options.surrogate].clip_token
+    entry = SURROGATES[options.surrogate]
     clipped = torch.zeros_like(mask)
-    if clip_token is not None:
-        x, clipped = clip_token(x, advantage, options.parameters)
-    return logp.clamp(min=-FARTHEST) - sequence_mean(x, mask, cu_seqlens), clipped
+    if entry.clip_token is not None:
+        x, clipped = entry.clip_token(x, advantage, options.parameters)
+    shared = sequence_sum(x, cu_seqlens) if entry.product else sequence_mean(x, mask, cu_seqlens)
+    return logp.clamp(min=-FARTHEST) - shared, clipped

@@ -34,6 +34,8 @@ class Surrogate:
         needs_advantage: whether a token of advantage 0 has no gradient, so needs no computing.
         has_ratio: False where the formula has no importance ratio, so takes no old_logp.
         levels: the importance_sampling_levels that it is defined at.
+        product: at sequence level, whether the ratio is the product of the tokens' ratios, and
+            not their geometric mean.
         clip_token: at sequence level, what becomes of each token's log-ratio before the mean:
             (log_ratio, advantage, parameters) -> (log_ratio, clipped).
     """
@@ -47,6 +49,7 @@ class Surrogate:
     needs_advantage: bool = True
     has_ratio: bool = True
     levels: tuple[str, ...] = LEVELS
+    product: bool = False
     clip_token: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
@@ -72,6 +75,11 @@ SURROGATES: dict[str, Surrogate] = {
     ),
     "gmpo": Surrogate(
         formulas.gmpo, None, CLIP, levels=SEQUENCE, clip_token=formulas.gmpo_clip
+    ),
+    "vespo": Surrogate(
+        formulas.vespo, None, ("k_pos", "lambda_pos", "k_neg", "lambda_neg"),
+        {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
+        positive=("k_pos", "lambda_pos", "k_neg", "lambda_neg"), levels=SEQUENCE, product=True,
     ),
     "dppo_tv": Surrogate(formulas.dppo_tv, formulas._dppo_tv, CLIP, levels=TOKEN),
     "dppo_kl": Surrogate(formulas.dppo_kl, formulas._dppo_kl, CLIP, levels=TOKEN),

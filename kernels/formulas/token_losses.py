@@ -285,6 +285,21 @@ def gmpo(logp, old_logp, advantage, parameters):
     return known(slope, (x, slope)), slope, _nowhere(logp)
 
 
+def vespo(logp, old_logp, advantage, parameters):
+    """loss = -sg[w^k exp(lambda (1 - w))] A log pi, w the product of the sequence's ratios.
+
+    VESPO (arXiv:2602.10693): a weight of gamma's shape that is 1 at w = 1 and fades on both sides,
+    with a k and a lambda for A > 0 and others for A < 0.
+    """
+    k_pos, lambda_pos, k_neg, lambda_neg = parameters
+    x = log_ratio(logp, old_logp).detach()
+    up = advantage > 0
+    k = torch.where(up, k_pos, torch.full_like(x, k_neg))
+    rate = torch.where(up, lambda_pos, torch.full_like(x, lambda_neg))
+    slope = times_exp(-advantage, k * x - rate * torch.expm1(x))
+    return times(slope, logp), slope, _nowhere(logp)
+
+
 def gmpo_clip(log_ratio, advantage, parameters):
     """log r to at most epsilon_high where A > 0 and at least -epsilon where A < 0, and where so.
 

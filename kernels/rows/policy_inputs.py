@@ -21,6 +21,9 @@ from ..formulas.sequences import token_weight
 from ..formulas.surrogates import LEVELS, SURROGATES, PolicyOptions
 from ..torch_backend.rows import statistics_dtype
 
+# parameters of surrogates that are arguments of every policy loss
+SHARED = ("epsilon", "epsilon_high", "delta")
+
 
 class PolicyInputs(NamedTuple):
     """Checked inputs; per_token is [advantage, old_logp, ref_logp, importance_sampling_ratio]."""
@@ -131,16 +134,20 @@ def _parameters(surrogate, old_logp, epsilon, epsilon_high, delta, surrogate_par
         )
     shared = {"epsilon": epsilon, "epsilon_high": epsilon if epsilon_high is None else epsilon_high}
     shared["delta"] = float("inf") if delta is None else delta
-    values = shared | _own_parameters(surrogate, surrogate_params or {}, tuple(shared))
+    values = shared | own_parameters(surrogate, surrogate_params or {})
     return tuple(float(values[name]) for name in entry.parameters)
 
 
-def _own_parameters(surrogate: str, params: dict[str, float], shared: tuple[str, ...]) -> dict:
-    """surrogate_params over the table's defaults, without gaps and in range."""
+def own_parameters(surrogate: str, params: Mapping[str, float]) -> dict[str, float]:
+    """surrogate_params over the table's defaults, without gaps and in range.
+
+    Raises:
+        ValueError: not a mapping, an unknown or a missing name, a value out of its range.
+    """
     entry = SURROGATES[surrogate]
     if not isinstance(params, Mapping):
         raise ValueError(f"surrogate_params must hold values by name, got {params!r}")
-    own = [name for name in entry.parameters if name not in shared]
+    own = [name for name in entry.parameters if name not in SHARED]
     for name in params:
         if name not in own:
             raise ValueError(f"surrogate_params of {surrogate!r} may hold {own}, got {name!r}")

@@ -1,6 +1,6 @@
 """What options are called elsewhere: names of TRL's that are taken as ours, and those answered.
 
-Those of FOLDED become a part of an option of ours.
+Those of FOLDED and PARAMETERS become a part of an option of ours.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ _READ_FIRST = "data is tokenized before the first step"
 _LAUNCHER = "`accelerate config` and `accelerate launch` say how models are sharded"
 _REFERENCE = "the reference stays what it is: see --ref-model"
 FOLDED = {"dataset_config": str, "dataset_train_split": str, "use_peft": bool}
+# names of TRL's for surrogates' own parameters: entries of surrogate_params
+PARAMETERS = {
+    "sapo_temperature_pos": "tau_pos",
+    "sapo_temperature_neg": "tau_neg",
+    "vespo_k_pos": "k_pos",
+    "vespo_lambda_pos": "lambda_pos",
+    "vespo_k_neg": "k_neg",
+    "vespo_lambda_neg": "lambda_neg",
+}
 # options of ours that not every trainer has
 OF_OTHERS = {
     "num_iterations": "grpo has it; ppo has num_ppo_epochs, and pg goes through a batch once",
@@ -88,7 +97,8 @@ ANSWERS = {
 def folded(known: Collection[str]) -> dict[str, type]:
     """{name: type} of the options that `fold` makes a part of one of `known`."""
     has_both = "dataset" in known and "peft" in known
-    return {name: kind for name, kind in FOLDED.items() if has_both and name not in known}
+    of_data = {name: kind for name, kind in FOLDED.items() if has_both and name not in known}
+    return of_data | dict.fromkeys(PARAMETERS if "surrogate_params" in known else (), float)
 
 
 def fold(values: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +108,9 @@ def fold(values: dict[str, Any]) -> dict[str, Any]:
         UserError: a configuration or split without the name of one data set.
     """
     parts = {name: values.pop(name) for name in FOLDED if name in values}
+    own = {PARAMETERS[name]: values.pop(name) for name in PARAMETERS if name in values}
+    if own:
+        values["surrogate_params"] = (values.get("surrogate_params") or {}) | own
     if parts.get("use_peft"):
         values.setdefault("peft", "lora")
     config, split = parts.get("dataset_config"), parts.get("dataset_train_split")
@@ -147,6 +160,8 @@ def unknown_option(
         return f": it is called {show(ALIASES[name])} here"
     if name in FOLDED:
         return f": see {show('peft' if name == 'use_peft' else 'dataset')}"
+    if name in PARAMETERS:
+        return ": grpo has it"
     answers = ANSWERS | OF_OTHERS
     if name in answers or name.startswith("vllm_"):
         return f": {answers.get(name, ANSWERS['use_vllm'])}"

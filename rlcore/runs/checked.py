@@ -15,6 +15,7 @@ import dataclasses
 import os
 import types
 import typing
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,11 @@ def as_type(value: Any, hint: Any) -> Any:
         (entry,) = typing.get_args(hint)
         values = value if isinstance(value, list | tuple) else [value]
         return [as_type(each, entry) for each in values]
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(hint)
+        key, entry = typing.get_args(hint)
+        return {as_type(name, key): as_type(each, entry) for name, each in value.items()}
     return _AS[hint](value)
 
 

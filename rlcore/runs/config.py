@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import yaml
 
 from rlcore.errors import UserError
 from rlcore.runs.aliases import fold, folded, mixture, our_name, unknown_option
-from rlcore.runs.options import default_of, init_fields, type_name
+from rlcore.runs.options import default_of, init_fields, is_mapping, type_name
 
 Config = TypeVar("Config")
 _HELP = " (--help lists them all)"
@@ -73,6 +74,8 @@ def plain_value(value: Any) -> Any:
     """The same of one."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
+    if isinstance(value, Mapping) and all(isinstance(x, int | float) for x in value.values()):
+        return dict(value)
     if isinstance(value, list | tuple) and not any(isinstance(each, Mapping) for each in value):
         return [plain_value(each) for each in value]
     return f"<{type(value).__name__}>"
@@ -167,6 +170,8 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
     """`value` as `hint`. YAML values pass through words too: YAML reads 1e-4 as a string."""
     if hint is bool and value in ("true", "false"):
         value = value.capitalize()
+    if is_mapping(hint):
+        return _mapping(value, what)
     holder = dataclasses.make_dataclass("Holder", [("value", hint)])
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -180,6 +185,20 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
         given = repr(value) if value != [] else "nothing"
         raise UserError(f"{what} must be {type_name(hint)}, not {given}") from None
     return parsed.value
+
+
+def _mapping(value: Any, what: str) -> dict[str, float] | None:
+    """Numbers by name, of a mapping in YAML or of a flag's JSON."""
+    given = value
+    with contextlib.suppress(ValueError, TypeError):
+        value = json.loads(value) if isinstance(value, str) else value
+        if value is None or value == "None":
+            return None
+        # YAML reads 1e-4 as text
+        return {str(name): float(number) for name, number in dict(value).items()}
+    raise UserError(
+        f"{what} must be numbers by name, '{{\"tau_pos\": 1.0}}' say, not {given!r:.80}"
+    )
 
 
 def _words(value: Any) -> list[str]:

@@ -59,6 +59,11 @@ def type_name(hint: Any) -> str:
     return str(hint).replace("typing.", "").replace("pathlib.", "")
 
 
+def is_mapping(hint: Any) -> bool:
+    """Whether a field's type is numbers by name: dict[str, float], or that or None."""
+    return dict in map(typing.get_origin, (hint, *typing.get_args(hint)))
+
+
 def init_fields(cls: type) -> dict[str, dataclasses.Field]:
     """The fields that a config may set: those that __init__ takes."""
     return {field.name: field for field in dataclasses.fields(cls) if field.init}

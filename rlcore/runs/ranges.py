@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Annotated, Any
 
@@ -88,8 +88,10 @@ def _range_of(hint: Any) -> Range | None:
 
 
 def _numbers(value: Any) -> Iterator[Any]:
-    """An option's values: itself, its entries where it is a list, nothing of a None."""
-    if isinstance(value, list | tuple):
+    """An option's values: itself, its entries where it is several, nothing of a None."""
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, list | tuple):
         yield from value
     elif value is not None:
         yield value

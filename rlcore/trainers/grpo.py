@@ -19,7 +19,7 @@ import torch
 import rlcore as rl
 from rlcore.functional.advantages import group_advantage
 from rlcore.sampling.rewards import RewardLike
-from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig, check_grpo_config
+from rlcore.trainers.options.grpo import GRPOConfig, check_grpo_config, loss_type_of
 from rlcore.trainers.shared.collect import collect, note_advantages
 from rlcore.trainers.shared.evaluation import evaluate
 from rlcore.trainers.shared.experience import Experience
@@ -172,17 +172,18 @@ def _useful_batches(run: Run, experience: Experience, rows: torch.Tensor) -> Seq
 
 def _num_items(run: Run, mask: torch.Tensor) -> float:
     """The loss's denominator, after the loss type's own idea of what counts."""
-    loss_type = LOSS_TYPES[run.config.loss_type]
+    loss_type = loss_type_of(run.config.loss_type)
     return counted_items(run, mask, loss_type.loss_agg_mode, all_processes=loss_type.all_processes)
 
 
 def _loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
     config = run.config
-    loss_type = LOSS_TYPES[config.loss_type]
+    loss_type = loss_type_of(config.loss_type)
     options = dict(
-        old_logp=part.old_logp,
+        old_logp=part.old_logp if config.surrogate.has_ratio else None,
         ref_logp=part.ref_logp,
         surrogate=loss_type.surrogate,
+        surrogate_params=config.surrogate_params,
         epsilon=config.epsilon,
         epsilon_high=config.epsilon_high,
         delta=config.delta,
@@ -190,7 +191,7 @@ def _loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
         kl_estimator=config.kl_estimator,
         entropy_coef=config.entropy_coef,
         temperature=config.temperature,
-        importance_sampling_level=config.importance_sampling_level,
+        importance_sampling_level=config.level,
         loss_agg_mode=loss_type.loss_agg_mode,
         num_items=num_items,
         norm_length=config.max_completion_length if loss_type.fixed_length else None,

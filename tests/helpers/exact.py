@@ -84,6 +84,14 @@ def gmpo(x, logp, old, A, epsilon=0.2, epsilon_high=None):
     return _ratio(x, A)
 
 
+def vespo(x, logp, old, A, k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0):
+    k, rate = (k_pos, lambda_pos) if A > 0 else (k_neg, lambda_neg)
+    exponent = k * x - rate * mp.expm1(x)
+    weight = mp.exp(exponent) if exponent > -FAR else mp.zero
+    size = abs(weight * A) * (1 + abs(k * x) + rate * abs(mp.expm1(x)))
+    return Token(-weight * A * logp, mp.zero, -weight * A, size=size * max(abs(logp), 1))
+
+
 def dppo_tv(x, logp, old, A, epsilon=0.2, epsilon_high=None):
     high = epsilon if epsilon_high is None else epsilon_high
     rise = mp.exp(logp) - mp.exp(old)
@@ -111,7 +119,8 @@ def kl_cov(x, logp, old, A, kl_coef=1.0):
 SURROGATES: dict[str, Callable[..., Token]] = {
     f.__name__: f
     for f in (
-        reinforce, ppo_clip, ppo_penalty, cispo, cispo_abs, sapo, gmpo, dppo_tv, dppo_kl, kl_cov,
+        reinforce, ppo_clip, ppo_penalty, cispo, cispo_abs, sapo, gmpo, vespo,
+        dppo_tv, dppo_kl, kl_cov,
     )
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlcore.models.forward import position_ids
-from rlcore.trainers.options.grpo import LOSS_TYPES, GRPOConfig
+from rlcore.trainers.options.grpo import GRPOConfig, loss_type_of
 from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.run import Run, make_accelerator, make_optimizer
 
@@ -27,13 +27,18 @@ CLIPS = {
     "cispo": ("epsilon", "epsilon_high"),
     "cispo_abs": ("epsilon_high",),
     "sapo": (),
+    "vespo": (),
+    "dppo_tv": ("epsilon", "epsilon_high"),
+    "reinforce": (),
+    "gmpo": ("epsilon", "epsilon_high"),
+    "ppo_penalty": (),
 }
 NEEDED = {"cispo_abs": {"epsilon_high": 1.3}}
 
 
 def fitting(loss_type: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options without those that the loss type's surrogate has no use for."""
-    unused = set(CLIPS["ppo_clip"]) - set(CLIPS[LOSS_TYPES[loss_type].surrogate])
+    unused = set(CLIPS["ppo_clip"]) - set(CLIPS[loss_type_of(loss_type).surrogate])
     return {name: value for name, value in options.items() if name not in unused}
 
 
@@ -100,16 +105,21 @@ def naive_logp(model: Any, made: Experience, temperature: float) -> tuple[torch.
 def naive_loss(model: Any, made: Experience, config: GRPOConfig) -> torch.Tensor:
     """The loss of GRPO as the papers have it, one row at a time."""
     logp, entropy = naive_logp(model, made, config.temperature)
-    surrogate = LOSS_TYPES[config.loss_type].surrogate
+    surrogate = loss_type_of(config.loss_type).surrogate
     clip = {name: getattr(config, name) for name in CLIPS[surrogate]}
+    if config.surrogate_params:
+        clip["surrogate_params"] = config.surrogate_params
     rows = []
     for row in range(len(made)):
         counted = made.mask[row]
         new = logp[row, counted]
         old = new.detach() if made.old_logp is None else made.old_logp[row, counted].double()
         log_ratio, advantage = new - old, made.advantage[row].double()
-        if config.importance_sampling_level == "sequence":
-            log_ratio = log_ratio.mean().expand(log_ratio.shape)
+        if surrogate == "gmpo":
+            log_ratio, _ = oracle.gmpo_clip(log_ratio, advantage, **clip)
+        if config.level == "sequence":
+            shared = log_ratio.sum() if surrogate in oracle.PRODUCTS else log_ratio.mean()
+            log_ratio = shared.expand(log_ratio.shape)
         loss, _ = oracle.SURROGATES[surrogate](log_ratio.exp(), new, advantage, **clip)
         loss = loss - config.entropy_coef * entropy[row, counted]
         if config.beta:
@@ -123,6 +133,8 @@ def naive_loss(model: Any, made: Experience, config: GRPOConfig) -> torch.Tensor
     sequences = sum(map(bool, map(len, rows)))
     if config.loss_type in ("grpo", "sapo"):
         return sum(row.mean() for row in rows if len(row)) / sequences
+    if config.loss_type == "luspo":
+        return sum(row.sum() for row in rows) / sequences
     per_length = config.loss_type == "dr_grpo"
     count = sequences * config.max_completion_length if per_length else tokens
     return sum(row.sum() for row in rows) / count

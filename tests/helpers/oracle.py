@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helpers.surrogates import FORMULAS, gmpo_clip
+from helpers.surrogates import FORMULAS, PRODUCTS, gmpo_clip
 
 KL = {
     "k1": lambda logp, ref_logp: logp - ref_logp,
@@ -71,6 +71,15 @@ def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return means
 
 
+def sequence_sum(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """For each token the sum of x over the counted tokens of its sequence."""
+    ids = sequence_ids(x.shape, cu_seqlens).to(x.device)
+    sums = torch.zeros_like(x)
+    for i in ids[mask].unique():
+        sums = torch.where(ids == i, x[mask & (ids == i)].sum(), sums)
+    return sums
+
+
 def aggregate(
     loss: Tensor, mask: Tensor, mode: str, num_items=None, norm_length=None, cu_seqlens=None
 ) -> Tensor:
@@ -128,7 +137,8 @@ def policy_loss(
     if surrogate == "gmpo":
         log_ratio, held = gmpo_clip(log_ratio, advantage, **clip)
     if importance_sampling_level == "sequence":
-        log_ratio = sequence_mean(log_ratio, mask, cu_seqlens)
+        of_sequence = sequence_sum if surrogate in PRODUCTS else sequence_mean
+        log_ratio = of_sequence(log_ratio, mask, cu_seqlens)
     loss, clipped = SURROGATES[surrogate](torch.exp(log_ratio), logp, advantage, **clip)
     if importance_sampling_ratio is not None:
         loss = loss * counted(importance_sampling_ratio)

@@ -54,6 +54,18 @@ def gmpo_clip(log_ratio, advantage, *, epsilon=0.2, epsilon_high=None):
     return torch.where(advantage == 0, log_ratio, sign * least), held
 
 
+def vespo(ratio, logp, advantage, *, surrogate_params=None):
+    """-w^k e^(lambda (1 - w)) A log pi, its weight a number."""
+    params = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
+    params |= surrogate_params or {}
+    w = ratio.detach()
+    up, down = (
+        w ** params[f"k_{side}"] * torch.exp(params[f"lambda_{side}"] * (1 - w))
+        for side in ("pos", "neg")
+    )
+    return -torch.where(advantage > 0, up, down) * advantage * logp, _never(logp)
+
+
 def dppo_tv(ratio, logp, advantage, *, epsilon=0.2, epsilon_high=None):
     """-r A, dropped where the sampled token's probability has gone too far."""
     high = epsilon if epsilon_high is None else epsilon_high
@@ -85,10 +97,14 @@ FORMULAS = {
     "cispo_abs": cispo_abs,
     "sapo": sapo,
     "gmpo": gmpo,
+    "vespo": vespo,
     "dppo_tv": dppo_tv,
     "dppo_kl": dppo_kl,
     "kl_cov": kl_cov,
 }
+
+# whose ratio of a sequence is the product of its tokens'
+PRODUCTS = ("vespo",)
 
 # Where the ratios of `cases.RATIOS` and small vocabularies lie on either side of every bound.
 OPTIONS: dict[str, dict] = {
@@ -99,6 +115,9 @@ OPTIONS: dict[str, dict] = {
     "cispo_abs": {"epsilon_high": 1.3},
     "sapo": {"surrogate_params": {"tau_pos": 0.8, "tau_neg": 1.6}},
     "gmpo": {"epsilon": 0.1, "epsilon_high": 0.3},
+    "vespo": {
+        "surrogate_params": {"k_pos": 1.5, "lambda_pos": 0.8, "k_neg": 2.5, "lambda_neg": 0.6}
+    },
     "dppo_tv": {"epsilon": 0.004, "epsilon_high": 0.012},
     "dppo_kl": {"epsilon": 0.001, "epsilon_high": 0.004},
     "kl_cov": {"surrogate_params": {"kl_coef": 0.7}},

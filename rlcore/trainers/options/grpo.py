@@ -1,13 +1,22 @@
-"""The options of GRPO, their checks, and the table of its loss types."""
+"""The options of GRPO, their checks, and the table of its loss types.
+
+A loss type is a row of LOSS_TYPES, or any surrogate of rl.policy_loss, registered ones too: that
+one is averaged over tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rlcore.errors import UserError, unknown_name
 from rlcore.functional.advantages import SCALES
 from rlcore.runs.ranges import Count, NotNegative, Positive, check_ranges
 from rlcore.trainers.options.sampling import SamplingConfig, check_sampling_config
+
+if TYPE_CHECKING:
+    from rlcore.kernels.formulas.surrogates import Surrogate
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,8 @@ class LossType:
     all_processes: bool = True  # whose tokens or sequences the denominator counts
     fixed_length: bool = False  # max_completion_length stands for every sequence's length
     surrogate: str = "ppo_clip"
+    # where the loss has no other: the default of the option of this name is then this
+    importance_sampling_level: str | None = None
 
 
 LOSS_TYPES = {
@@ -29,8 +40,18 @@ LOSS_TYPES = {
     # TRL's "cispo": epsilon_high bounds the ratio itself
     "cispo_abs": LossType("token-mean", surrogate="cispo_abs"),
     "sapo": LossType("seq-mean-token-mean", surrogate="sapo"),
+    "vespo": LossType("token-mean", surrogate="vespo"),
+    # arXiv:2602.05261: GSPO whose sequences weigh as much as they are long
+    "luspo": LossType("seq-mean-token-sum", importance_sampling_level="sequence"),
 }
 LEVELS = ("token", "sequence")
+
+
+def loss_type_of(name: str) -> LossType:
+    """The row of LOSS_TYPES, or the surrogate of that name averaged over tokens."""
+    return LOSS_TYPES.get(name) or LossType("token-mean", surrogate=name)
+
+
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3_ratio")
 
 
@@ -45,8 +66,12 @@ class GRPOConfig(SamplingConfig):
 
     # Loss
 
-    loss_type: str = "dapo"  # grpo, dapo, dr_grpo, bnpo, cispo, cispo_abs or sapo
-    importance_sampling_level: str = "token"  # or sequence: a completion's tokens share a ratio
+    # grpo, dapo, dr_grpo, bnpo, luspo, cispo, cispo_abs, sapo, vespo, or any other surrogate
+    loss_type: str = "dapo"
+    # parameters of the surrogate's own, as JSON: '{"tau_pos": 1.0}'; None: those of its table
+    surrogate_params: dict[str, float] | None = None
+    # token, or sequence: a completion's tokens share a ratio; None: token where the loss has it
+    importance_sampling_level: str | None = None
     epsilon: Positive = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: Positive | None = None  # and above 1 + epsilon_high; None: epsilon
     # the ratio's bound where the advantage is negative; None: none
@@ -78,7 +103,18 @@ class GRPOConfig(SamplingConfig):
     @property
     def surrogate_alone(self) -> bool:
         """Nothing but advantages moves the policy."""
-        return self.beta == 0 and self.entropy_coef == 0
+        return self.beta == 0 and self.entropy_coef == 0 and self.surrogate.needs_advantage
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """The row of the table of surrogates that the loss type takes."""
+        return _surrogates()[loss_type_of(self.loss_type).surrogate]
+
+    @property
+    def level(self) -> str:
+        """The importance_sampling_level; left out, the one that the loss type has."""
+        own = loss_type_of(self.loss_type).importance_sampling_level
+        return self.importance_sampling_level or own or self.surrogate.levels[0]
 
 
 def check_grpo_config(config: GRPOConfig, reward_count: int) -> None:
@@ -99,25 +135,47 @@ def check_grpo_config(config: GRPOConfig, reward_count: int) -> None:
     _check_surrogate(config)
 
 
-def _check_names(config: GRPOConfig) -> None:
-    for name, known in (
-        ("loss_type", LOSS_TYPES),
-        ("scale_rewards", SCALES),
-        ("kl_estimator", KL_ESTIMATORS),
-        ("importance_sampling_level", LEVELS),
-    ):
-        if getattr(config, name) not in known:
-            raise unknown_name(name, getattr(config, name), known)
-
-
-def _check_surrogate(config: GRPOConfig) -> None:
+def _surrogates() -> Mapping[str, Surrogate]:
     # imported here: the command line shows its help without the kernels
     from rlcore.kernels.formulas.surrogates import SURROGATES
 
-    surrogate = SURROGATES[LOSS_TYPES[config.loss_type].surrogate]
+    return SURROGATES
+
+
+def _check_names(config: GRPOConfig) -> None:
+    for name, known in (
+        ("loss_type", {**LOSS_TYPES, **_surrogates()}),
+        ("scale_rewards", SCALES),
+        ("kl_estimator", KL_ESTIMATORS),
+        ("importance_sampling_level", (None, *LEVELS)),
+    ):
+        if getattr(config, name) not in known:
+            raise unknown_name(name, getattr(config, name), filter(None, known))
+
+
+def _check_surrogate(config: GRPOConfig) -> None:
+    # imported here, as the table is
+    from rlcore.kernels.rows.policy_inputs import own_parameters
+
+    loss_type, surrogate = loss_type_of(config.loss_type), config.surrogate
     for name in ("epsilon_high", "delta"):
         value = getattr(config, name)
         if value is not None and name not in surrogate.parameters:
             raise UserError(f"loss_type {config.loss_type!r} does not use {name}: leave it out")
         if value is None and name in surrogate.explicit:
             raise UserError(f"loss_type {config.loss_type!r} needs {name}, 5.0 say")
+    own_level = loss_type.importance_sampling_level
+    if config.level not in ((own_level,) if own_level else surrogate.levels):
+        raise UserError(
+            f"loss_type {config.loss_type!r} has no importance ratio at {config.level} level: "
+            "leave importance_sampling_level out"
+        )
+    if config.kl_estimator == "k3_ratio" and surrogate.clip_token is not None:
+        raise UserError(
+            f"loss_type {config.loss_type!r} clips its tokens' ratios, which kl_estimator k3_ratio "
+            "needs whole: take k1, k2 or k3"
+        )
+    try:
+        own_parameters(loss_type.surrogate, config.surrogate_params or {})
+    except ValueError as error:
+        raise UserError(f"loss_type {config.loss_type!r}: {error}") from error
