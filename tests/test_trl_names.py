@@ -89,7 +89,7 @@ def test_a_name_is_not_taken_where_ours_has_no_meaning():
         load_config(SFTConfig, None, ["--reward-funcs", "a"])
     with pytest.raises(UserError, match="unknown flag --epsilon: grpo has it; ppo has cliprange"):
         load_config(PPOConfig, None, ["--epsilon", "0.1"])
-    with pytest.raises(UserError, match="unknown flag --vllm_mode: completions are sampled in"):
+    with pytest.raises(UserError, match="unknown flag --vllm_mode: say --sampler vllm"):
         load_config(GRPOConfig, None, ["--vllm_mode", "colocate"])
 
 

@@ -29,6 +29,8 @@ ALIASES = {
     "num_completions_to_print": "log_completions",
     "max_seq_length": "max_length",
     "rloo_k": "num_generations",
+    "vllm_server_base_url": "sampler_url",
+    "vllm_server_timeout": "sampler_timeout",
 }
 _READ_FIRST = "data is tokenized before the first step"
 _LAUNCHER = "`accelerate config` and `accelerate launch` say how models are sharded"
@@ -61,7 +63,7 @@ ANSWERS = {
     "logging_strategy": "metrics are written every --logging-steps",
     "load_best_model_at_end": "the best model is kept in output_dir/best: see --keep-best",
     "metric_for_best_model": "say --keep-best METRIC",
-    "use_vllm": "completions are sampled in this process",
+    "use_vllm": "say --sampler vllm --sampler-url http://HOST:PORT",
     "use_liger_kernel": "the losses are fused: see --fused-head",
     "use_liger_loss": "the losses are fused: see --fused-head",
     "fp16": "say --bf16",

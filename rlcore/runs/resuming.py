@@ -33,6 +33,8 @@ _MAY_CHANGE = (
         "completions_format",
     ),
     *("per_device_eval_batch_size", "eval_num_generations"),
+    *("sampler_url", "sampler_timeout", "sampler_requests", "sampler_weights_dir"),
+    "sampler_tolerance",
     *("report_to", "run_name", "push_to_hub", "gradient_checkpointing"),
 )
 _NOT_COMPARED = (*START_OPTIONS, "output_dir")

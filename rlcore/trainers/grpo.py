@@ -4,7 +4,7 @@
     loss = - mean over tokens of min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)
            + beta * KL(policy || reference) - entropy_coef * entropy
 
-Left out: an inference server and tool calls. Where nothing but the surrogate moves the policy
+Left out: tool calls. Where nothing but the surrogate moves the policy
 (beta = entropy_coef = 0), completions of advantage 0 are counted, but not computed: entropy and
 clip ratios are then means over the others.
 """
@@ -121,10 +121,10 @@ def _with_other_policies(run: Run, experience: Experience, reference: Policy | N
     With one update a pass the first pass meets the policy that sampled, and hands out its
     log-probabilities itself.
     """
-    ref_logp = old_logp = None
+    ref_logp, old_logp = None, experience.old_logp
     if reference is not None:
         ref_logp = completion_logp(run, reference, experience)
-    if run.config.updates_per_pass > 1:
+    if old_logp is None and run.config.updates_per_pass > 1:
         old_logp = completion_logp(run, Policy(run.model, run.head), experience)
     return dataclasses.replace(experience, old_logp=old_logp, ref_logp=ref_logp)
 

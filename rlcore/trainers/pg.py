@@ -129,7 +129,7 @@ def _experience(
     if reference is not None:
         ref_logp = completion_logp(run, reference, experience)
         experience = dataclasses.replace(experience, ref_logp=ref_logp)
-    if config.kl_in_reward:
+    if config.kl_in_reward and experience.old_logp is None:
         old_logp = completion_logp(run, Policy(run.model, run.head), experience)
         experience = dataclasses.replace(experience, old_logp=old_logp)
     reward = token_reward(experience, score, config.kl_in_reward, config.estimator)

@@ -121,9 +121,12 @@ def _experience(
     config, coefficients = run.config, run.coefficients
     experience, score = judged_only(sampled)
     value, last_value = predict_values(run, critic, experience)
+    old_logp = experience.old_logp
+    if old_logp is None:
+        old_logp = completion_logp(run, Policy(run.model, run.head), experience)
     experience = dataclasses.replace(
         experience,
-        old_logp=completion_logp(run, Policy(run.model, run.head), experience),
+        old_logp=old_logp,
         ref_logp=None if reference is None else completion_logp(run, reference, experience),
         value=value,
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from rlcore.errors import UserError, unknown_name
+from rlcore.runs.options import default_of
 from rlcore.runs.ranges import Count, Natural, NotNegative, Positive, Share
 from rlcore.trainers.options.base import TrainConfig, check_train_config
 from rlcore.trainers.options.reward import RewardConfig
 
 COMPLETIONS_FORMATS = ("jsonl", "parquet")
+SAMPLERS = ("local", "vllm")
 
 
 @dataclass(kw_only=True)
@@ -26,6 +30,17 @@ class SamplingConfig(RewardConfig, TrainConfig):
     eval_num_generations: Natural = 0
     log_completions: Natural = 3  # completions of a batch to show and keep in completions.jsonl
     completions_format: str = "jsonl"  # or parquet: at the end they are in completions.parquet too
+
+    # Sampler
+
+    sampler: str = "local"  # who samples: local, this process; vllm, the servers at sampler_url
+    sampler_url: list[str] = field(default_factory=list)  # http://HOST:PORT of each vLLM server
+    sampler_timeout: Positive = 600.0  # seconds to wait for a server that does not answer
+    sampler_requests: Count = 64  # prompts in flight at a time, of each process
+    # where weights are put for the servers to read; None: a temporary directory of this machine
+    sampler_weights_dir: str | None = None
+    # the run ends where the log-probabilities of sampler and trainer differ by more on average
+    sampler_tolerance: Positive = 0.05
 
     # Use of the rewards
 
@@ -78,6 +93,7 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
     check_train_config(config)
     if config.completions_format not in COMPLETIONS_FORMATS:
         raise unknown_name("completions_format", config.completions_format, COMPLETIONS_FORMATS)
+    _check_sampler(config)
     if config.peft is not None and config.lora_dropout:
         raise UserError(
             "lora_dropout must be 0 here: a policy's ratio to its older self means nothing where "
@@ -103,4 +119,31 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
     if config.ref_model is not None and not config.wants_reference:
         raise UserError(
             f"ref_model is set, but with {weight} 0 no reference is used: set {weight} too"
+        )
+
+
+def _check_sampler(config: SamplingConfig) -> None:
+    if config.sampler not in SAMPLERS:
+        raise unknown_name("sampler", config.sampler, SAMPLERS)
+    if config.sampler == "local":
+        for each in fields(SamplingConfig):
+            is_set = getattr(config, each.name) != default_of(each)
+            if each.name.startswith("sampler_") and is_set:
+                raise UserError(
+                    f"{each.name} is set, but this process samples: add --sampler vllm, or leave "
+                    "it out"
+                )
+        return
+    if not config.sampler_url:
+        raise UserError(
+            "sampler vllm needs the servers' addresses: give --sampler-url http://HOST:PORT, and "
+            "start one with `rlcore serve`"
+        )
+    for url in config.sampler_url:
+        if not re.fullmatch(r"https?://[^\s/?#,]+(/[^\s?#,]*)?", url):
+            raise UserError(f"sampler_url {url!r} is no http://HOST:PORT")
+    place = config.sampler_weights_dir
+    if place is not None and not Path(place).is_dir():
+        raise UserError(
+            f"sampler_weights_dir {place} is no directory: make one that the servers can read"
         )

@@ -19,7 +19,7 @@ from rlcore.trainers.shared.experience import Experience, from_rollout
 from rlcore.trainers.shared.judging import Judge
 from rlcore.trainers.shared.order import mix_seed, split
 from rlcore.trainers.shared.run import Run
-from rlcore.trainers.shared.samplers import generated
+from rlcore.trainers.shared.samplers import compared, generated
 
 PASSES = 1.0  # a completion passes where its reward is at least this
 SHOWN_TOKENS = 128  # of a completion that is there to be looked at alone
@@ -76,7 +76,8 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
     run.samples["train"] = chosen_samples(run, mine, rollout, rewards, judge)
     scores = scores - (config.missing_eos_penalty or 0.0) * everyone["truncated"].float()
     experience = from_rollout(rollout, mask_truncated_completions=config.mask_truncated_completions)
-    return Sampled(experience, rollout.truncated, scores, rank, metrics)
+    experience, differences = compared(run, experience)
+    return Sampled(experience, rollout.truncated, scores, rank, metrics | differences)
 
 
 def chosen_samples(

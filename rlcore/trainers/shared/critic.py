@@ -24,7 +24,7 @@ from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.policies import micro_batches
 from rlcore.trainers.shared.run import Run, make_optimizer
 from rlcore.trainers.shared.stepping import clip_gradients, optimizer_step, set_learning_rate
-from rlcore.trainers.shared.writing import whole_weights
+from rlcore.trainers.shared.weights import whole_weights
 
 # a model of its own is saved beside the policy, as a directory that transformers loads
 VALUE_MODEL = "value_model"

@@ -15,7 +15,7 @@ from rlcore.runs.output_dir import BEST
 from rlcore.trainers.options.base import KEEP_BEST
 from rlcore.trainers.shared.metrics import Clock, Log
 from rlcore.trainers.shared.run import Run
-from rlcore.trainers.shared.writing import whole_weights
+from rlcore.trainers.shared.weights import whole_weights
 
 # what "auto" goes by, the first that the trainer measures
 DECISIVE = ("eval/reward", "eval/accuracy", "eval/loss")

@@ -34,6 +34,7 @@ from rlcore.trainers.shared.given import Given, callbacks_of
 from rlcore.trainers.shared.metrics import Log
 from rlcore.trainers.shared.run import Result, Run, on_main
 from rlcore.trainers.shared.stopping import stop_request
+from rlcore.trainers.shared.weights import whole_weights
 
 
 @contextlib.contextmanager
@@ -152,14 +153,6 @@ def _asked_to_stop(run: Run) -> int:
 
 def _stopped(run: Run, number: int, step: int, directory: Path | None = None) -> TrainingStopped:
     return TrainingStopped(signal.Signals(number).name, step, run.config.output_dir, directory)
-
-
-def whole_weights(run: Run) -> dict[str, torch.Tensor] | None:
-    """A sharded model's weights brought together on the main process; None where it has them all.
-
-    Every process calls it, and gives its shards.
-    """
-    return run.accelerator.get_state_dict(run.model) if run.is_sharded else None
 
 
 def _write_up(run: Run) -> None:
