@@ -19,7 +19,7 @@ from rlcore.trainers import DPOConfig, GRPOConfig, PGConfig
     [
         ({"betta": 0.1}, "GRPOConfig has no option 'betta'; did you mean 'beta'?"),
         ({"dataset_name": "d"}, "GRPOConfig has no option 'dataset_name': it is called 'dataset'"),
-        ({"use_vllm": True}, "GRPOConfig has no option 'use_vllm': completions are sampled in"),
+        ({"use_vllm": True}, "GRPOConfig has no option 'use_vllm': say --sampler vllm"),
         ({"beta": "high"}, "beta must be float, not 'high'"),
         ({"beta": -1}, "beta must be at least 0, not -1"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, not nan"),

@@ -93,6 +93,13 @@ COMMANDS = {
         "runs as one page of HTML: curves, samples, options, warnings",
         positional=("runs",),
     ),
+    "serve": Command(
+        "rlcore.commands.serve",
+        "ServeConfig",
+        "serve",
+        "start a vLLM server that trainers can sample from: --sampler vllm",
+        positional=("model",),
+    ),
     "env": Command(
         "rlcore.commands.env",
         "EnvConfig",
@@ -150,9 +157,9 @@ OTHER_NAMES = {
     "train reward": "train reward_model",
     **{f"train {loss}": f"train dpo --loss-type {loss}" for loss in ("orpo", "cpo", "simpo")},
     "train online_dpo": "train dpo --online",
+    "vllm-serve": "serve",
 }
 NOT_YET = {
     "train kto": "use `train dpo` on pairs, or rl.kto_loss in a loop of your own",
     "train gkd": "there is no distillation",
-    "vllm-serve": "completions are sampled in the process",
 }
