@@ -122,6 +122,15 @@ def test_a_registered_surrogate_is_a_loss_type(tmp_path, monkeypatch):
     assert weighted.norm() > 0
 
 
+def test_tokens_whose_kl_is_bounded_are_counted(tmp_path):
+    made = make.experience(**OFF_POLICY)
+    made.ref_logp[0, 0] += 30.0
+    metrics, gradient = update(tmp_path, made, beta=0.1)
+    assert metrics["kl/bounded"] == pytest.approx(1 / int(made.mask.sum()))
+    assert gradient.isfinite().all()
+    assert "kl/bounded" not in update(tmp_path, made, beta=0.1, kl_estimator="k2")[0]
+
+
 CUTS = [
     {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},

@@ -237,6 +237,35 @@ def test_a_token_kl_that_overflows_spoils_no_gradient(kl_estimator):
     assert dlogp[0] == 0 and dlogp.isfinite().all()
 
 
+def test_k3_goes_on_as_its_tangent_beyond_the_bound():
+    d = torch.tensor([9.0, 10.0, 10.001, 12.0, 1e3, 1e30], dtype=torch.float64)
+    logp = (-d).requires_grad_()
+    kl = rl.token_kl(logp, torch.zeros_like(d))
+    (dlogp,) = torch.autograd.grad(kl.sum(), logp)
+    slope = torch.expm1(d.clamp(max=10))
+    close = {"rtol": 1e-13, "atol": 0.0}
+    torch.testing.assert_close(dlogp, -slope, **close)
+    wanted = torch.expm1(d[:2]) - d[:2]
+    torch.testing.assert_close(kl[:2], wanted, **close)
+    torch.testing.assert_close(kl[2:], wanted[1] + slope[1] * (d[2:] - 10), **close)
+    # the value and the slope are continuous at the bound
+    near = torch.tensor([-10 + 1e-9, -10 - 1e-9], dtype=torch.float64, requires_grad=True)
+    kl = rl.token_kl(near, torch.zeros(2).double())
+    slopes = torch.autograd.grad(kl.sum(), near)[0]
+    assert abs(kl[0] - kl[1]) < 1e-4 and abs(slopes[0] - slopes[1]) < 1e-4
+    torch.autograd.gradcheck(lambda x: rl.token_kl(x, torch.zeros(2).double()), near - 0.1)
+
+
+def test_k3s_bound_can_be_another_or_none():
+    logp, ref_logp = torch.tensor([-4.0, -30.0]), torch.zeros(2)
+    tangent = math.expm1(3) - 3 + math.expm1(3) * torch.tensor([1.0, 27.0])
+    torch.testing.assert_close(rl.token_kl(logp, ref_logp, kl_bound=3.0), tangent)
+    free = rl.token_kl(logp, ref_logp, kl_bound=None)
+    torch.testing.assert_close(free, torch.expm1(-logp) + logp)
+    with pytest.raises(ValueError, match="kl_bound must be positive"):
+        rl.token_kl(logp, ref_logp, kl_bound=0.0)
+
+
 def test_where_both_policies_agree_the_gradients_are_those_of_the_formulas():
     logp, ref_logp = torch.tensor([-1.0]).requires_grad_(), torch.tensor([-1.0])
     for estimator, slope in {"k1": 1.0, "k2": 0.0, "k3": 0.0}.items():

@@ -3,6 +3,9 @@
 With d = logp - ref_logp: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d
 (Schulman 2020, http://joschu.net/blog/kl-approx.html). A policy loss, which knows who sampled the
 token, has k3_ratio = r k3 too, r = exp(logp - old_logp), with the gradient of both: r d.
+
+Where -d is beyond KL_BOUND, k3 goes on as its tangent there: otherwise one token that the
+reference finds e^50 times as likely as the policy would outweigh every other.
 """
 
 from __future__ import annotations
@@ -21,9 +24,13 @@ from ..limits import (
     known,
     log_ratio,
     log_ratio_,
+    times,
     times_exp,
     times_exp_,
 )
+
+# of ref_logp - logp: k3's slope is e^10 - 1 at most
+KL_BOUND = 10.0
 
 
 def k1(logp, ref_logp):
@@ -37,11 +44,16 @@ def k2(logp, ref_logp):
     return known(0.5 * d.detach() * d.detach(), (d, d)), d
 
 
-def k3(logp, ref_logp):
-    """Unbiased and positive. As a loss its on-policy gradient is that of KL(pi_ref || pi)."""
+def k3(logp, ref_logp, bound=KL_BOUND):
+    """Unbiased and positive. As a loss its on-policy gradient is that of KL(pi_ref || pi).
+
+    Beyond `bound`, with d = ref_logp - logp and b the bound: e^b - 1 - b + (e^b - 1) (d - b).
+    """
     d = difference(ref_logp, logp)
-    excess = torch.expm1(d.detach())
-    return known(excess - d.detach().clamp(max=FARTHEST), (d, excess)), -excess
+    near = d.detach().clamp(max=bound)
+    beyond = torch.where(d > bound, d.detach() - bound, 0.0).clamp(max=FARTHEST)
+    slope = torch.expm1(near)
+    return known(slope - near.clamp(max=FARTHEST) + times(slope, beyond), (d, slope)), -slope
 
 
 # name -> (logp, ref_logp) -> (kl, dkl/dlogp)
@@ -84,8 +96,10 @@ def token_kl(logp, ref_logp, ESTIMATOR: tl.constexpr):
         kl, dkl = 0.5 * d * d, d
     else:
         tl.static_assert(ESTIMATOR == "k3")
-        excess = expm1_(-d)
-        kl, dkl = excess + tl.where(d < -1e30, -1e30, d), -excess
+        near = tl.where(d < -10.0, 10.0, -d)  # KL_BOUND
+        beyond = tl.where(d < -10.0, -d - 10.0, 0.0)
+        slope = expm1_(near)
+        kl, dkl = slope - near + slope * tl.where(beyond > 1e30, 1e30, beyond), -slope
     return kl, dkl
 
 

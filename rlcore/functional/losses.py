@@ -7,13 +7,21 @@ pairwise reward      -log sigmoid(chosen - rejected - margin) + c (chosen + reje
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlcore.errors import unknown_name
-from rlcore.kernels.checks import check_denominators, check_finite, check_numbers, checks_types
-from rlcore.kernels.formulas.kl import KL_ESTIMATORS
+from rlcore.kernels.checks import (
+    check_denominators,
+    check_finite,
+    check_numbers,
+    check_positive,
+    checks_types,
+)
+from rlcore.kernels.formulas.kl import KL_BOUND, KL_ESTIMATORS, k3
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -22,7 +30,13 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 @checks_types
-def token_kl(logp: Tensor, ref_logp: Tensor, *, kl_estimator: str = "k3") -> Tensor:
+def token_kl(
+    logp: Tensor,
+    ref_logp: Tensor,
+    *,
+    kl_estimator: str = "k3",
+    kl_bound: float | None = KL_BOUND,
+) -> Tensor:
     """Estimates KL(pi || pi_ref) from each sampled token (Schulman 2020, "Approximating KL").
 
     With d = logp - ref_logp: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. As a loss, on-policy, k1's
@@ -30,12 +44,15 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, kl_estimator: str = "k3") -> Ten
 
     Args:
         logp, ref_logp: of one shape, in nats.
+        kl_bound: where -d is beyond it, k3 goes on as its tangent there, so that one token cannot
+            outweigh all others; the losses' bound is 10. None: k3 everywhere. The other estimators
+            have no use for one.
 
     Returns:
         Their shape, float32 (float64 for float64 inputs), differentiable in both.
 
     Raises:
-        ValueError: the shapes differ, or the estimator is unknown.
+        ValueError: the shapes differ, the estimator is unknown, or the bound is not positive.
     """
     if kl_estimator not in KL_ESTIMATORS:
         raise unknown_name("kl_estimator", kl_estimator, KL_ESTIMATORS)
@@ -44,7 +61,11 @@ def token_kl(logp: Tensor, ref_logp: Tensor, *, kl_estimator: str = "k3") -> Ten
             f"ref_logp must have the shape of logp, {tuple(logp.shape)}, not "
             f"{tuple(ref_logp.shape)}: one number a token"
         )
-    return KL_ESTIMATORS[kl_estimator](_wide(logp), _wide(ref_logp))[0]
+    check_positive(kl_bound=kl_bound)
+    logp, ref_logp = _wide(logp), _wide(ref_logp)
+    if kl_estimator == "k3":
+        return k3(logp, ref_logp, math.inf if kl_bound is None else kl_bound)[0]
+    return KL_ESTIMATORS[kl_estimator](logp, ref_logp)[0]
 
 
 @checks_types

@@ -47,6 +47,12 @@ RULES = (
         "the KL to the reference is {value:.2f} a token: raise beta or lower learning_rate",
     ),
     Rule(
+        "kl/bounded",
+        lambda share: share > 0.0,
+        "{value:.1%} of the tokens are so much likelier to the reference that their KL is bounded: "
+        "raise beta or lower learning_rate",
+    ),
+    Rule(
         "clip_ratio/region_mean",
         lambda share: share >= 0.5,
         "{value:.0%} of the tokens are clipped and learn nothing: lower learning_rate, or take "

@@ -32,6 +32,7 @@ from rlcore.trainers.shared.order import batch_indices, mix_seed
 from rlcore.trainers.shared.policies import (
     Policy,
     as_reference,
+    bounded_kl,
     clip_ratios,
     completion_logp,
     counted_items,
@@ -146,7 +147,7 @@ def _update(
     run: Run, step: int, experience: Experience, rows: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """One optimizer step on `rows`: the policy's (N, C) logp there, before it, and the metrics."""
-    means = Means()
+    means, config = Means(), run.config
     logp = torch.zeros(experience.mask.shape, device=experience.mask.device)
     num_items = _num_items(run, experience.mask[rows])
 
@@ -155,6 +156,8 @@ def _update(
         result = _loss(run, part, num_items)
         logp[batch, : part.completion_length] = result.logp.to(logp.dtype)
         means.add(part.mask, entropy=result.entropy, kl=result.kl, **clip_ratios(part, result))
+        if config.kl_estimator == "k3":
+            means.add(part.mask, **{"kl/bounded": bounded_kl(part, result)})
         return result.loss
 
     trained = optimizer_step(run, step, _useful_batches(run, experience, rows), loss_of)

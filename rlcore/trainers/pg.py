@@ -42,6 +42,7 @@ from rlcore.trainers.shared.order import batch_indices, mix_seed
 from rlcore.trainers.shared.policies import (
     Policy,
     as_reference,
+    bounded_kl,
     completion_logp,
     counted_items,
     load_wanted_reference,
@@ -200,6 +201,8 @@ def _update(run: Run, critic: Critic | None, step: int, experience: Experience) 
         part = experience.take(batch).trimmed()
         result = _policy_loss(run, part, num_items)
         means.add(part.mask, entropy=result.entropy, kl=result.kl)
+        if run.config.kl_in_loss and run.config.estimator == "k3":
+            means.add(part.mask, **{"kl/bounded": bounded_kl(part, result)})
         return result.loss
 
     def value_loss(batch: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

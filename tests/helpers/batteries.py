@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import DEVICE
-from helpers.cases import LAYOUTS, batch, flat, policy_inputs, random_target
+from helpers.cases import LAYOUTS, PolicyInputs, batch, flat, policy_inputs, random_target
 from helpers.checks import check_policy_loss, check_token_logprob
 
 ALL = ("old_logp", "ref_logp", "importance_sampling_ratio", "mask")
@@ -64,6 +64,13 @@ def a_nan_spoils_its_row(op: Callable, backend: str, entropy: bool) -> None:
     assert gradient.isnan().all(-1).tolist() == [False, True, False]
 
 
+def far_reference() -> PolicyInputs:
+    """Tokens on both sides of the bound of k3, and far beyond it."""
+    inputs = policy_inputs(flat(32, 130, torch.float32), "old_logp", "ref_logp", beta=0.5)
+    inputs.options["ref_logp"] += torch.linspace(0, 60, 32)
+    return inputs
+
+
 def policy_loss_checks(op: Callable, backend: str) -> Iterator[Callable[[], None]]:
     def check(logits: torch.Tensor, *names: str, upstream: float = 1.0, **options):
         inputs = policy_inputs(logits, *names, masked=0.3, **options)
@@ -75,6 +82,7 @@ def policy_loss_checks(op: Callable, backend: str) -> Iterator[Callable[[], None
     yield check(flat(32, 130, torch.float32), *ALL, **EVERYTHING, **CLIP_HIGHER)
     yield check(flat(32, 130, torch.float32), "old_logp", "ref_logp", beta=0.1, kl_estimator="k1")
     yield check(flat(4, 130, torch.float32), "ref_logp", beta=0.5, kl_estimator="k2")
+    yield partial(check_policy_loss, op, far_reference(), device=DEVICE, backend=backend)
     names = ("old_logp", "ref_logp")
     yield check(flat(32, 130, torch.float32), *names, beta=0.5, kl_estimator="k3_ratio")
     yield check(flat(4, 130, torch.float32), "mask", surrogate="reinforce", upstream=1.7)

@@ -132,9 +132,13 @@ def kl(name: str, x, logp, ref) -> Token:
         return Token(-d, by_logp=mp.one)
     if name == "k2":
         return Token(d * d / 2, by_logp=-d)
-    k3, dk3 = mp.exp(d) - 1 - d, 1 - mp.exp(d)
     if name == "k3":
-        return Token(k3, by_logp=dk3, size=abs(dk3) + abs(d))
+        # as documented, the tangent at 10 from there on
+        near = min(d, mp.mpf(10))
+        dk3 = mp.expm1(near)
+        size = abs(dk3) * (1 + d - near) + abs(near)
+        return Token(dk3 - near + dk3 * (d - near), by_logp=-dk3, size=size)
+    k3, dk3 = mp.exp(d) - 1 - d, 1 - mp.exp(d)
     r = mp.exp(x)
     return Token(r * k3, r * k3, r * dk3, size=r * (abs(dk3) + abs(d)))
 

@@ -6,15 +6,24 @@ would have written. Nothing here comes from kernels/.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from helpers.surrogates import FORMULAS, PRODUCTS, gmpo_clip
 
+
+def k3(d: Tensor) -> Tensor:
+    """e^d - 1 - d, and the tangent at 10 from there on."""
+    near = d.clamp(max=10)
+    return torch.exp(near) - 1 - near + (math.exp(10) - 1) * (d - near)
+
+
 KL = {
     "k1": lambda logp, ref_logp: logp - ref_logp,
     "k2": lambda logp, ref_logp: (logp - ref_logp).square() / 2,
-    "k3": lambda logp, ref_logp: torch.exp(ref_logp - logp) - 1 - (ref_logp - logp),
+    "k3": lambda logp, ref_logp: k3(ref_logp - logp),
 }
 
 
@@ -144,9 +153,11 @@ def policy_loss(
         loss = loss * counted(importance_sampling_ratio)
     kl = None
     if ref_logp is not None:
-        kl = KL[kl_estimator.removesuffix("_ratio")](logp, counted(ref_logp))
-        if kl_estimator.endswith("_ratio"):
-            kl = kl * torch.exp(log_ratio)
+        d = counted(ref_logp) - logp
+        if kl_estimator == "k3_ratio":
+            kl = (torch.exp(d) - 1 - d) * torch.exp(log_ratio)
+        else:
+            kl = KL[kl_estimator](logp, counted(ref_logp))
         loss = loss + beta * kl
     loss = loss - entropy_coef * entropy
     scalar = aggregate(loss, mask, loss_agg_mode, num_items, norm_length, cu_seqlens)

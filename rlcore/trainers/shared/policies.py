@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import rlcore as rl
+from rlcore.kernels.formulas.kl import KL_BOUND
 from rlcore.models.adapters import adapter_off
 from rlcore.models.forward import evaluating
 from rlcore.models.heads import Head, choose_head
@@ -113,6 +114,11 @@ def counted_items(
     if all_processes:
         count = summed(run.accelerator, count) / run.accelerator.num_processes
     return max(count, 1.0)
+
+
+def bounded_kl(part: Experience, result: rl.PolicyLoss) -> torch.Tensor | None:
+    """(B, C) indicators of the tokens whose k3 is the tangent at its bound; None without a KL."""
+    return None if result.kl is None else part.ref_logp - result.logp > KL_BOUND
 
 
 def clip_ratios(part: Experience, result: rl.PolicyLoss) -> dict[str, torch.Tensor]:
