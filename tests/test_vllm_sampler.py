@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from rlcore.sampling.sampler import LocalSampler, SamplingOptions
 from rlcore.sampling.served_weights import write_served
 from rlcore.sampling.vllm import VLLMSampler
 from rlcore.trainers.dpo import DPOConfig, train_dpo
-from rlcore.trainers.grpo import train_grpo
+from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.options.sampling import SamplingConfig
 from rlcore.trainers.pg import PGConfig, train_pg
 from rlcore.trainers.ppo import PPOConfig, train_ppo
@@ -202,6 +203,12 @@ def test_a_server_of_another_model_is_refused(tmp_path, server):
         ({"sampler": "vllm", "sampler_url": ["localhost:8000"]}, "is no http://HOST:PORT"),
         ({"sampler_timeout": 3.0}, "add --sampler vllm"),
         ({"sampler_url": ["http://localhost:1"]}, "add --sampler vllm"),
+        ({"importance_sampling_correction": "tokens"}, "Did you mean"),
+        ({"importance_sampling_clip_max": 2.0}, "nothing is corrected"),
+        (
+            {"importance_sampling_correction": "token_mask", "importance_sampling_clip_min": 4.0},
+            "must not be above",
+        ),
     ],
 )
 def test_options_of_the_sampler_are_checked(tmp_path, changes, message):
@@ -240,3 +247,64 @@ def test_every_trainer_that_samples_takes_it(tmp_path, server, train, config_cla
     online = {"online": True} if config_class is DPOConfig else {}
     train(config_class(**shared, **online), reward_funcs=[lengths])
     assert lines(tmp_path / "run")[-1]["sampling/logp_difference/max"] < 1e-5
+
+
+WEIGHT = 1.6
+
+
+def corrected(directory, server, train, config_class, correction, **changes):
+    """A step on completions that the server says it drew with too small a probability."""
+    server.offset = -math.log(WEIGHT)
+    grpo = config_of(directory, server, max_steps=1, sampler_tolerance=9.0)
+    shared = {field.name: getattr(grpo, field.name) for field in dataclasses.fields(SamplingConfig)}
+    del shared["learning_rate"]
+    options = {"importance_sampling_correction": correction, "overwrite_output_dir": True}
+    train(config_class(**shared | options | changes), reward_funcs=[lengths])
+    return lines(directory / "run")[-1]
+
+
+@pytest.mark.parametrize(
+    "train, config_class, changes",
+    [
+        (train_grpo, GRPOConfig, {}),
+        (train_pg, PGConfig, {}),
+        (train_ppo, PPOConfig, {"num_ppo_epochs": 1}),
+        (train_trpo, TRPOConfig, {}),
+    ],
+)
+def test_importance_weights_weigh_every_policy_gradient(
+    tmp_path, server, train, config_class, changes
+):
+    plain = corrected(tmp_path, server, train, config_class, "none", **changes)
+    weighed = corrected(tmp_path, server, train, config_class, None, **changes)
+    assert plain["grad_norm"] > 0
+    assert weighed["grad_norm"] == pytest.approx(WEIGHT * plain["grad_norm"], rel=1e-4)
+
+
+def test_the_importance_weights_are_measured(tmp_path, server):
+    metrics = corrected(
+        tmp_path, server, train_grpo, GRPOConfig, "token_mask", importance_sampling_clip_max=1.5
+    )
+    assert metrics["sampling/logp_difference/mean"] == pytest.approx(math.log(WEIGHT), abs=1e-5)
+    for name in ("mean", "min", "max"):
+        assert metrics[f"sampling/importance_ratio/{name}"] == pytest.approx(WEIGHT, rel=1e-5)
+    # all of it is out of bounds, and nothing is left
+    assert metrics["sampling/importance_ratio/bounded"] == 1
+    assert metrics["sampling/effective_sample_size"] == metrics["grad_norm"] == 0
+
+
+def test_a_sequence_has_the_product_of_its_tokens_ratios(tmp_path, server):
+    metrics = corrected(tmp_path, server, train_grpo, GRPOConfig, "sequence_truncate")
+    # of completions of four tokens at most, none of which is empty
+    assert metrics["sampling/importance_ratio/max"] == pytest.approx(WEIGHT**4, rel=1e-4)
+    assert 0 < metrics["sampling/importance_ratio/bounded"] <= 1
+    assert 0 < metrics["sampling/effective_sample_size"] <= 1
+
+
+def test_what_this_process_samples_can_be_corrected_too(tmp_path):
+    options = {"importance_sampling_correction": "token_truncate", "top_k": 5}
+    trained(grpo_config(tmp_path, max_steps=1, **options))
+    metrics = lines(tmp_path / "run")[-1]
+    # five of many tokens hold a small part of the mass
+    assert metrics["sampling/importance_ratio/max"] < 0.5
+    assert metrics["sampling/effective_sample_size"] <= 1

@@ -29,6 +29,10 @@ ALIASES = {
     "num_completions_to_print": "log_completions",
     "max_seq_length": "max_length",
     "rloo_k": "num_generations",
+    "vllm_importance_sampling_mode": "importance_sampling_correction",
+    "vllm_importance_sampling_cap": "importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_max": "importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min": "importance_sampling_clip_min",
     "vllm_server_base_url": "sampler_url",
     "vllm_server_timeout": "sampler_timeout",
 }

@@ -185,6 +185,7 @@ def _loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
     options = dict(
         old_logp=part.old_logp if config.surrogate.has_ratio else None,
         ref_logp=part.ref_logp,
+        importance_sampling_ratio=part.importance_ratio,
         surrogate=loss_type.surrogate,
         surrogate_params=config.surrogate_params,
         epsilon=config.epsilon,

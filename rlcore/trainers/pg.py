@@ -222,6 +222,7 @@ def _policy_loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
     config = run.config
     options = dict(
         ref_logp=part.ref_logp,
+        importance_sampling_ratio=part.importance_ratio,
         surrogate="reinforce",
         beta=config.kl_in_loss,
         entropy_coef=config.entropy_coef,

@@ -72,6 +72,7 @@ def _policy_loss(
         old_logp=part.old_logp,
         # for the metrics alone: its KL is in the reward
         ref_logp=part.ref_logp,
+        importance_sampling_ratio=part.importance_ratio,
         surrogate=KL_MODES[config.kl_mode].surrogate,
         entropy_coef=config.entropy_coef,
         temperature=config.temperature,

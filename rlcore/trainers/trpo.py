@@ -174,7 +174,7 @@ def _experience(run: Run, critic: Critic | None, sampled: Sampled) -> Experience
     experience, score = judged_only(sampled)
     if critic is None:
         advantage = ADVANTAGES[config.baseline](sampled.all_scores, config)
-        return dataclasses.replace(experience, advantage=sampled.mine(advantage))
+        return _with_advantage(experience, sampled.mine(advantage))
     value, _ = predict_values(run, critic, experience)
     advantage, returns = rl.gae(
         token_reward(experience, score, 0.0),
@@ -183,7 +183,16 @@ def _experience(run: Run, critic: Critic | None, sampled: Sampled) -> Experience
         lam=config.lam,
         mask=experience.mask,
     )
-    return dataclasses.replace(experience, value=value, advantage=advantage, returns=returns)
+    experience = dataclasses.replace(experience, value=value, returns=returns)
+    return _with_advantage(experience, advantage)
+
+
+def _with_advantage(experience: Experience, advantage: torch.Tensor) -> Experience:
+    """Importance weights go into the advantages, in which gradient and line search are linear."""
+    if experience.importance_ratio is not None:
+        advantage = advantage if advantage.dim() == 2 else advantage[:, None]
+        advantage = advantage * experience.importance_ratio
+    return dataclasses.replace(experience, advantage=advantage)
 
 
 def _update(

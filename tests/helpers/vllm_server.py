@@ -31,6 +31,7 @@ class FakeVLLM:
         self.loaded: list[Path] = []
         self.faults: list[int] = []
         self.deaf = False
+        self.offset = 0.0
         self.forget()
         outer = self
 
@@ -116,7 +117,7 @@ class FakeVLLM:
     def choice(self, index: int, ids: Any, mask: Any, logp: Any) -> dict:
         kept = ids[mask].tolist()
         content = [
-            {"token_id": token, "logprob": value}
+            {"token_id": token, "logprob": value + self.offset}
             for token, value in zip(kept, logp[mask].tolist(), strict=True)
         ]
         span = {"version": self.version, "start": 0, "end": len(kept)}

@@ -55,6 +55,11 @@ class DPOConfig(SamplingConfig):
         return self.pairs_per_process * self.num_generations
 
     @property
+    def correction(self) -> str:
+        # pairs have no weights
+        return "none"
+
+    @property
     def wants_reference(self) -> bool:
         from rlcore.kernels.formulas.pair_losses import PREFERENCE_LOSSES
 
@@ -107,6 +112,11 @@ def _check_loss(config: DPOConfig) -> None:
 def _check_online(config: DPOConfig, reward_count: int) -> None:
     if config.num_generations < 2:
         raise UserError(f"num_generations must be at least 2, not {config.num_generations}: a pair")
+    if config.importance_sampling_correction not in (None, "none"):
+        raise UserError(
+            "importance_sampling_correction weighs tokens, and a preference loss has pairs: leave "
+            "it out"
+        )
     if config.precompute_ref_log_probs:
         raise UserError("precompute_ref_log_probs needs pairs that are there: leave out --online")
     check_sampling_config(config, reward_count, weight="loss_type")

@@ -14,6 +14,7 @@ from rlcore.trainers.options.reward import RewardConfig
 
 COMPLETIONS_FORMATS = ("jsonl", "parquet")
 SAMPLERS = ("local", "vllm")
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none")
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,14 @@ class SamplingConfig(RewardConfig, TrainConfig):
     sampler_weights_dir: str | None = None
     # the run ends where the log-probabilities of sampler and trainer differ by more on average
     sampler_tolerance: Positive = 0.05
+
+    # Correction of what was sampled from another policy than the trainer's
+
+    # importance weights, policy over sampler: token_truncate, token_mask, sequence_truncate,
+    # sequence_mask or none; None: token_truncate where a server samples
+    importance_sampling_correction: str | None = None
+    importance_sampling_clip_max: Positive = 3.0  # their upper bound
+    importance_sampling_clip_min: NotNegative = 0.0  # and their lower one
 
     # Use of the rewards
 
@@ -78,6 +87,12 @@ class SamplingConfig(RewardConfig, TrainConfig):
         return self.completions_per_process // self.num_generations
 
     @property
+    def correction(self) -> str:
+        """One of CORRECTIONS."""
+        usual = "none" if self.sampler == "local" else "token_truncate"
+        return self.importance_sampling_correction or usual
+
+    @property
     def wants_reference(self) -> bool:
         """Some term of this run asks for the reference's opinion."""
         return False
@@ -94,6 +109,7 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
     if config.completions_format not in COMPLETIONS_FORMATS:
         raise unknown_name("completions_format", config.completions_format, COMPLETIONS_FORMATS)
     _check_sampler(config)
+    _check_correction(config)
     if config.peft is not None and config.lora_dropout:
         raise UserError(
             "lora_dropout must be 0 here: a policy's ratio to its older self means nothing where "
@@ -147,3 +163,23 @@ def _check_sampler(config: SamplingConfig) -> None:
         raise UserError(
             f"sampler_weights_dir {place} is no directory: make one that the servers can read"
         )
+
+
+def _check_correction(config: SamplingConfig) -> None:
+    chosen = config.importance_sampling_correction
+    if chosen not in (None, *CORRECTIONS):
+        raise unknown_name("importance_sampling_correction", chosen, CORRECTIONS)
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    if low > high:
+        raise UserError(
+            f"importance_sampling_clip_min ({low:g}) must not be above "
+            f"importance_sampling_clip_max ({high:g})"
+        )
+    if config.correction == "none":
+        for each in fields(SamplingConfig):
+            is_set = getattr(config, each.name) != default_of(each)
+            if each.name.startswith("importance_sampling_clip_") and is_set:
+                raise UserError(
+                    f"{each.name} is set, but nothing is corrected: set "
+                    "importance_sampling_correction too, or leave it out"
+                )

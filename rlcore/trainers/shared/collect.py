@@ -14,12 +14,13 @@ from rlcore.sampling.rewards import (
     Rewards,
 )
 from rlcore.sampling.rollout import Rollout
+from rlcore.trainers.shared.correction import compared
 from rlcore.trainers.shared.divergence import stop_together
 from rlcore.trainers.shared.experience import Experience, from_rollout
 from rlcore.trainers.shared.judging import Judge
 from rlcore.trainers.shared.order import mix_seed, split
 from rlcore.trainers.shared.run import Run
-from rlcore.trainers.shared.samplers import compared, generated
+from rlcore.trainers.shared.samplers import generated
 
 PASSES = 1.0  # a completion passes where its reward is at least this
 SHOWN_TOKENS = 128  # of a completion that is there to be looked at alone

@@ -19,6 +19,7 @@ class Experience:
     advantage: torch.Tensor | None = None  # (N,) or (N, C)
     old_logp: torch.Tensor | None = None  # (N, C): of the policy before its updates
     sampling_logp: torch.Tensor | None = None  # (N, C): that the tokens were drawn with
+    importance_ratio: torch.Tensor | None = None  # (N, C): old over sampling policy, bounded
     ref_logp: torch.Tensor | None = None  # (N, C): of the reference
     value: torch.Tensor | None = None  # (N, C): of the value model at the time of sampling
     returns: torch.Tensor | None = None  # (N, C): what the value model is to predict
@@ -55,6 +56,7 @@ class Experience:
                 "advantage",
                 "old_logp",
                 "sampling_logp",
+                "importance_ratio",
                 "ref_logp",
                 "value",
                 "returns",

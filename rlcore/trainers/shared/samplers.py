@@ -1,8 +1,7 @@
-"""Who samples for a run, what it is told of the policy, and whether it samples from that."""
+"""Who samples for a run, and what it is told of the policy."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,6 @@ from rlcore.sampling.sampler import LocalSampler, Sampler, SamplingOptions
 from rlcore.sampling.server import ServerGone
 from rlcore.sampling.vllm import VLLMSampler, check_servers
 from rlcore.trainers.options.sampling import SamplingConfig
-from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.policies import Policy, completion_logp
 from rlcore.trainers.shared.run import Run, on_main
 from rlcore.trainers.shared.weights import whole_weights
 
@@ -100,37 +97,3 @@ def _explained(run: Run, action: Any) -> Any:
         last = last_checkpoint(run.config.output_dir)
         left = f"{last} is intact, and --resume goes on from it" if last else "no step was saved"
         raise UserError(f"step {run.step + 1}: {error}; {left}") from error
-
-
-def compared(run: Run, experience: Experience) -> tuple[Experience, dict[str, float]]:
-    """The experience with the trainer's log-probabilities, which are those of a server too.
-
-    Returns them as old_logp, and the metrics of how far the sampler's differ; without a server the
-    experience as it is, and none.
-
-    Raises:
-        UserError: they differ by more than sampler_tolerance on average, where nothing was
-            truncated, on every process.
-    """
-    config = run.config
-    if config.sampler == "local":
-        return experience, {}
-    logp = completion_logp(run, Policy(run.model, run.head), experience)
-    difference = torch.where(experience.mask, (logp - experience.sampling_logp).abs(), 0.0)
-    local = [difference.double().sum(), experience.mask.double().sum(), difference.double().amax()]
-    parts = run.accelerator.gather(torch.stack(local)[None]).cpu()
-    total, count, largest = parts[:, 0].sum(), parts[:, 1].sum(), parts[:, 2].max()
-    mean = (total / count.clamp(min=1)).item()
-    if config.top_p == 1 and config.top_k == 0 and not mean <= config.sampler_tolerance:
-        raise UserError(
-            f"step {run.step + 1}: the log-probabilities of sampler and trainer differ by "
-            f"{mean:.3g} on average, more than sampler_tolerance ({config.sampler_tolerance:g}): "
-            "the server does not sample from this policy. Start it with `rlcore serve`; if it "
-            "computes in lower precision, raise --sampler-tolerance"
-        )
-    metrics = {
-        "sampling/logp_difference/mean": mean,
-        "sampling/logp_difference/max": largest.item(),
-        "sampling/resampled": float(run.sampler.resampled),
-    }
-    return dataclasses.replace(experience, old_logp=logp), metrics
