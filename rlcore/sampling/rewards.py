@@ -18,6 +18,7 @@ import torch
 
 from rlcore.errors import UserError, nearest
 from rlcore.sampling.code_reward import code_runs, completion_text
+from rlcore.sampling.length_reward import repetition_penalty, soft_overlong_punishment
 from rlcore.sampling.reward_call import (
     LARGEST_REWARD,
     RewardCall,
@@ -115,6 +116,8 @@ REWARDS: dict[str, RewardFunction] = {
     "exact_match": exact_match,
     "math_verify": math_verify,
     "regex_match": regex_match,
+    "repetition_penalty": repetition_penalty,
+    "soft_overlong_punishment": soft_overlong_punishment,
     "think_format": think_format,
 }
 
@@ -125,8 +128,9 @@ TRL_REWARDS = {
     f"{_OF_TRL.format('accuracy_reward')}, which wants the column 'solution'",
     "reasoning_accuracy_reward": _OF_TRL.format("reasoning_accuracy_reward"),
     "think_format_reward": f"take think_format; or {_OF_TRL.format('think_format_reward')}",
-    "get_soft_overlong_punishment": "it makes a function from lengths of yours: call it in a "
-    "module, and name what it gives as module:name",
+    "get_soft_overlong_punishment": "take soft_overlong_punishment, whose lengths are "
+    "max_completion_length and soft_punish_cache",
+    "get_repetition_penalty_reward": "take repetition_penalty, with repetition_ngram_size",
 }
 
 

@@ -10,7 +10,7 @@ from rlcore.errors import UserError, unknown_name
 from rlcore.runs.options import default_of
 from rlcore.runs.ranges import Count, Natural, NotNegative, Positive, Share
 from rlcore.trainers.options.base import TrainConfig, check_train_config
-from rlcore.trainers.options.reward import RewardConfig
+from rlcore.trainers.options.reward import RewardConfig, check_reward_options
 
 COMPLETIONS_FORMATS = ("jsonl", "parquet")
 SAMPLERS = ("local", "vllm")
@@ -126,8 +126,7 @@ def check_sampling_config(config: SamplingConfig, reward_count: int, weight: str
         raise UserError(
             "no reward: give --reward NAME, --reward package.module:function or --reward-model DIR"
         )
-    if config.code_sandbox is not None and "code_runs" not in config.reward:
-        raise UserError("code_sandbox is set, but the reward code_runs, which it serves, is not")
+    check_reward_options(config, config.max_completion_length)
     if config.reward_weights is not None and len(config.reward_weights) != reward_count:
         raise UserError(
             f"reward_weights has {len(config.reward_weights)} entries for {reward_count} rewards"

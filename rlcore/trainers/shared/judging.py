@@ -13,6 +13,12 @@ import torch
 from rlcore.models.reward_model import RewardModel
 from rlcore.sampling import sandbox
 from rlcore.sampling.code_reward import code_runs, code_runs_in
+from rlcore.sampling.length_reward import (
+    repetition_of,
+    repetition_penalty,
+    soft_overlong_punishment,
+    soft_overlong_within,
+)
 from rlcore.sampling.rewards import (
     RewardFunction,
     RewardLike,
@@ -68,15 +74,23 @@ def _unpadded(rollout: Rollout) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in pairs]
 
 
+def _with_options(function: RewardFunction, config: RewardConfig) -> RewardFunction:
+    """A built-in reward as the config's options of it have it; any other as it is."""
+    if function is code_runs and config.code_sandbox is not None:
+        return code_runs_in(config.code_sandbox)
+    if function is soft_overlong_punishment:
+        return soft_overlong_within(config.max_completion_length, config.soft_punish_cache)
+    if function is repetition_penalty:
+        return repetition_of(config.repetition_ngram_size)
+    return function
+
+
 def make_judge(
     config: RewardConfig, functions: RewardLike | Sequence[RewardLike] | None = None
 ) -> Judge:
     """The config's rewards, and the `functions` besides; like names get a number each."""
     models = () if config.reward_model is None else (RewardModel(config.reward_model),)
-    named = [load_reward(name) for name in config.reward]
-    if config.code_sandbox is not None:
-        sandboxed = code_runs_in(config.code_sandbox)
-        named = [sandboxed if function is code_runs else function for function in named]
+    named = [_with_options(load_reward(name), config) for name in config.reward]
     functions = (*named, *as_functions(functions), *models)
     weights = config.reward_weights
     own = [reward_name(function) for function in functions]
