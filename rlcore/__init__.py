@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .functional.advantages import group_advantage, leave_one_out_advantage, whiten
+    from .functional.advantages import (
+        decoupled_group_advantage,
+        group_advantage,
+        leave_one_out_advantage,
+        whiten,
+    )
     from .functional.corrections import clip_cov_weight, importance_weights, kl_cov_mask
     from .functional.kl_control import ppo_kl_coef, proportional_kl_coef
     from .functional.losses import pairwise_reward_loss, token_kl, value_loss
@@ -51,6 +56,7 @@ _HOMES = {
     "categorical_kl": "kernels.rows.categorical_kl",
     "clip_cov_weight": "functional.corrections",
     "conjugate_gradient": "functional.trust_region",
+    "decoupled_group_advantage": "functional.advantages",
     "discounted_return": "kernels.scans.scan",
     "fisher_vector_product": "kernels.rows.fisher",
     "fused_head": "models.fused_head",

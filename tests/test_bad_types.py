@@ -64,6 +64,7 @@ GOOD = {
     "discounted_return": {"reward": x(B, T), **SCAN},
     "gae_from_scores": {**SCORES, "value": x(B, T), **SCAN},
     "group_advantage": {"reward": x(N), "num_generations": 2},
+    "decoupled_group_advantage": {"reward": x(N, 2), "num_generations": 2},
     "leave_one_out_advantage": {"reward": x(N), "num_generations": 2},
     "whiten": {"x": x(B, T), "mask": true(B, T)},
     "value_loss": {

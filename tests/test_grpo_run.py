@@ -282,6 +282,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
             "unknown importance_sampling_level 'sequnce'. Did you mean 'sequence'",
         ),
         ({"scale_rewards": "std"}, "unknown scale_rewards"),
+        ({"multi_objective_aggregation": "sum"}, "unknown multi_objective_aggregation 'sum'"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
+            "scale_rewards is set, but has no effect here",
+        ),
         ({"kl_estimator": "k4"}, "unknown kl_estimator"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"num_generations": 5}, "32 completions at a time, which num_generations"),
@@ -370,3 +375,37 @@ def test_two_processes_end_a_run_with_the_same_weights_and_one_log(two_ranks):
     before = weights(directory / "model")
     assert any(not torch.equal(saved[name], value) for name, value in before.items())
     assert (directory / "run" / "checkpoint-2").is_dir()
+
+
+def test_several_rewards_are_normalized_each_in_its_group(config, monkeypatch):
+    """What is trained on is GDPO's advantage of the two rewards by weight."""
+    seen = []
+
+    def note(run, advantage):
+        seen.append(advantage)
+
+    def count(prompts, completions, **_):
+        return [float(len(set(text))) for text in completions]
+
+    def first(prompts, completions, **_):
+        return [100.0 * (text < "m") for text in completions]
+
+    given = []
+    decoupled = grpo.decoupled_group_advantage
+
+    def spy(reward, num_generations, *, weight):
+        given.append((reward, num_generations, weight))
+        return decoupled(reward, num_generations, weight=weight)
+
+    monkeypatch.setattr(grpo, "note_advantages", note)
+    monkeypatch.setattr(grpo, "decoupled_group_advantage", spy)
+    changed = dataclasses.replace(
+        config, max_steps=1, multi_objective_aggregation="normalize_then_sum",
+        reward_weights=[1.0, 0.25],
+    )  # fmt: skip
+    train_grpo(changed, reward_funcs=[count, first])
+    ((reward, size, weight),) = given
+    assert reward.shape == (len(seen[0]), 2) and size == config.num_generations
+    assert weight.tolist() == [1.0, 0.25]
+    torch.testing.assert_close(seen[0], decoupled(reward, size, weight=weight))
+    assert set(reward[:, 1].tolist()) <= {0.0, 100.0}

@@ -1,6 +1,7 @@
 """Advantages from whole-completion rewards, in plain PyTorch.
 
 group-relative   A_i = (r_i - mean_group r) / (std + 1e-4)
+decoupled        the same of each reward function, summed by weight, over the batch's std
 leave-one-out    A_i = r_i - mean of the group's other rewards
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from rlcore.errors import unknown_name
+from rlcore.errors import UserError, unknown_name
 from rlcore.kernels.checks import checks_types
 
 STD_EPSILON = 1e-4
@@ -40,7 +41,7 @@ def _batch_std(groups: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     return rewards.std() if rewards.numel() > 1 else rewards.new_zeros(())
 
 
-SCALES = ("group", "batch", "none")
+SCALES = ("group", "batch", "mean", "none")
 
 
 @checks_types
@@ -52,8 +53,10 @@ def group_advantage(
     Args:
         reward: (B,), the G = `num_generations` completions of a prompt next to each other; NaN
             stands for a completion that nobody judged.
-        scale_rewards: divide by the "group" std, by the "batch" std, or by nothing: "none", which
-            is unbiased (Dr. GRPO: Liu et al. 2025, arXiv:2503.20783).
+        scale_rewards: divide by the "group" std, by the "batch" std, by the group's "mean" (MaxRL:
+            Tajwar et al. 2026, arXiv:2602.02710: of rewards 0 and 1 the gradient is that of the
+            log of the success probability, as far as G samples tell it), or by nothing: "none",
+            which is unbiased (Dr. GRPO: Liu et al. 2025, arXiv:2503.20783).
 
     Returns:
         (B,) float32 (float64 for float64 rewards). Standard deviations are unbiased and get 1e-4
@@ -61,7 +64,8 @@ def group_advantage(
         no mean and no std, and gets 0.
 
     Raises:
-        ValueError: `reward` is not (B,) with B a multiple of G, or an unknown `scale_rewards`.
+        ValueError: `reward` is not (B,) with B a multiple of G, an unknown `scale_rewards`, or a
+            reward below 0 that is to be divided by a mean.
     """
     if scale_rewards not in SCALES:
         raise unknown_name("scale_rewards", scale_rewards, SCALES)
@@ -75,7 +79,54 @@ def group_advantage(
         centered = centered / (_group_std(centered, present) + STD_EPSILON)
     elif scale_rewards == "batch":
         centered = centered / (_batch_std(groups, present) + STD_EPSILON)
+    elif scale_rewards == "mean":
+        if (groups < 0).any():
+            raise UserError(
+                f"scale_rewards 'mean' needs rewards of at least 0, got {groups.nan_to_num().min()}"
+            )
+        # a group with a reward above 0 has a mean above 0
+        mean = groups.nanmean(1, keepdim=True)
+        centered = torch.where(counted, centered / mean, 0.0)
     return centered.reshape(-1)
+
+
+@checks_types
+def decoupled_group_advantage(
+    reward: torch.Tensor, num_generations: int, *, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Advantages of several rewards, each relative to its own group (GDPO: arXiv:2601.05242).
+
+    Each reward is centred and scaled in its group before they are summed by weight, so that two
+    answers whose rewards differ in kind do not get one advantage because the sums are equal. The
+    sums are then whitened over the batch.
+
+    Args:
+        reward: (B, F), F rewards of each completion, the G = `num_generations` completions of a
+            prompt next to each other; NaN stands for a reward that has no opinion.
+        weight: (F,), what each reward counts; None: 1 each.
+
+    Returns:
+        (B,) float32 (float64 for float64 rewards). Each std is unbiased and gets 1e-4 added. A NaN
+        adds nothing to its completion; a completion without any reward gets 0, and counts in no
+        mean.
+
+    Raises:
+        ValueError: `reward` is not (B, F) with B a multiple of G, or `weight` not (F,).
+    """
+    if reward.dim() != 2 or not reward.shape[1]:
+        raise ValueError(f"reward must be (B, F), F rewards each, not {tuple(reward.shape)}")
+    columns = [group_advantage(column, num_generations) for column in reward.unbind(1)]
+    each = torch.stack(columns, 1)
+    weight = each.new_ones(len(columns)) if weight is None else weight.to(each)
+    if weight.shape != (len(columns),):
+        raise ValueError(
+            f"weight must hold one number a reward, ({len(columns)},), not {tuple(weight.shape)}"
+        )
+    # a weight of 0 times no opinion, too, is 0
+    total = torch.where(reward.isnan().all(1), torch.nan, (each * weight).sum(1))
+    judged = ~total.isnan()
+    centered = torch.where(judged, total - total.nanmean(), 0.0)
+    return centered / (_batch_std(total, judged) + STD_EPSILON)
 
 
 @checks_types

@@ -17,15 +17,15 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import rlcore as rl
-from rlcore.functional.advantages import group_advantage
+from rlcore.functional.advantages import decoupled_group_advantage, group_advantage
 from rlcore.sampling.rewards import RewardLike
 from rlcore.trainers.options.grpo import GRPOConfig, check_grpo_config, loss_type_of
-from rlcore.trainers.shared.collect import collect, note_advantages
+from rlcore.trainers.shared.collect import Sampled, collect, note_advantages
 from rlcore.trainers.shared.evaluation import evaluate
 from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
 from rlcore.trainers.shared.held_out import HeldOut
-from rlcore.trainers.shared.judging import make_judge
+from rlcore.trainers.shared.judging import Judge, make_judge
 from rlcore.trainers.shared.loading import load_prompts
 from rlcore.trainers.shared.metrics import Clock, Log, Means
 from rlcore.trainers.shared.order import batch_indices, mix_seed
@@ -96,9 +96,7 @@ def train_grpo(
             seed = mix_seed(config.seed, number)
             sampled = collect(run, chosen, judge, seed)
             experience = _with_other_policies(run, sampled.experience, reference)
-            advantage = group_advantage(
-                sampled.all_scores, config.num_generations, scale_rewards=config.scale_rewards
-            )
+            advantage = _advantage(config, judge, sampled)
             experience = dataclasses.replace(experience, advantage=sampled.mine(advantage))
             note_advantages(run, experience.advantage)
             tokens = sampled.metrics.pop("tokens")
@@ -114,6 +112,15 @@ def train_grpo(
             # Between generation batches alone, so that a resumed run starts with a fresh one.
             save_if_due(run, step, updates)
         return finish_run(run, log)
+
+
+def _advantage(config: GRPOConfig, judge: Judge, sampled: Sampled) -> torch.Tensor:
+    """(M,) advantages of all processes' completions."""
+    count = config.num_generations
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        weight = None if judge.weights is None else torch.tensor(judge.weights)
+        return decoupled_group_advantage(sampled.all_rewards, count, weight=weight)
+    return group_advantage(sampled.all_scores, count, scale_rewards=config.scale_rewards)
 
 
 def _with_other_policies(run: Run, experience: Experience, reference: Policy | None) -> Experience:

@@ -14,6 +14,7 @@ from rlcore.errors import UserError, unknown_name
 from rlcore.functional.advantages import SCALES
 from rlcore.runs.ranges import Count, NotNegative, Positive, check_ranges
 from rlcore.trainers.options.sampling import SamplingConfig, check_sampling_config
+from rlcore.trainers.options.value import check_unused
 
 if TYPE_CHECKING:
     from rlcore.kernels.formulas.surrogates import Surrogate
@@ -45,6 +46,7 @@ LOSS_TYPES = {
     "luspo": LossType("seq-mean-token-sum", importance_sampling_level="sequence"),
 }
 LEVELS = ("token", "sequence")
+MULTI_OBJECTIVE = ("sum_then_normalize", "normalize_then_sum")
 
 
 def loss_type_of(name: str) -> LossType:
@@ -62,7 +64,10 @@ class GRPOConfig(SamplingConfig):
     num_generations: Count = 8  # completions a prompt: a group
     num_iterations: Count = 1  # times that a generation batch is gone through
     steps_per_generation: Count | None = None  # micro-steps; None: gradient_accumulation_steps
-    scale_rewards: str = "group"  # divide advantages by the std of: group, batch, none
+    # divide advantages by the std of the group or of the batch, by the group's mean, or by none
+    scale_rewards: str = "group"
+    # several rewards: sum_then_normalize, or normalize_then_sum, each in its group before the sum
+    multi_objective_aggregation: str = "sum_then_normalize"
 
     # Loss
 
@@ -132,6 +137,12 @@ def check_grpo_config(config: GRPOConfig, reward_count: int) -> None:
             f"gradient_accumulation_steps ({config.gradient_accumulation_steps})"
         )
     check_sampling_config(config, reward_count)
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        check_unused(
+            config,
+            "multi_objective_aggregation normalize_then_sum scales each reward for itself",
+            *("scale_rewards", "normalize_rewards", "missing_eos_penalty"),
+        )
     _check_surrogate(config)
 
 
@@ -146,6 +157,7 @@ def _check_names(config: GRPOConfig) -> None:
     for name, known in (
         ("loss_type", {**LOSS_TYPES, **_surrogates()}),
         ("scale_rewards", SCALES),
+        ("multi_objective_aggregation", MULTI_OBJECTIVE),
         ("kl_estimator", KL_ESTIMATORS),
         ("importance_sampling_level", (None, *LEVELS)),
     ):

@@ -37,7 +37,7 @@ def check_value_config(config: ValueConfig) -> None:
         check_unused(config, "a shared value_backbone is the policy's", "value_model")
 
 
-def check_unused(config: ValueConfig, reason: str, *names: str) -> None:
+def check_unused(config: SamplingConfig, reason: str, *names: str) -> None:
     """Raise UserError where an option called so is not what it is by default."""
     defaults = {field.name: field.default for field in fields(config)}
     for name in names:

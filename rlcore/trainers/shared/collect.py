@@ -36,6 +36,7 @@ class Sampled:
     all_scores: torch.Tensor  # (M,) float32 of all processes, in their order; NaN: not judged
     rank: int
     metrics: dict[str, float]  # of the whole batch
+    all_rewards: torch.Tensor | None = None  # (M, F) float32: each function's; NaN: no opinion
 
     def mine(self, values: torch.Tensor) -> torch.Tensor:
         """This process's share (N,) of (M,) values, on the experience's device."""
@@ -78,7 +79,8 @@ def collect(run: Run, chosen: Mapping[str, Sequence], judge: Judge, seed: int) -
     scores = scores - (config.missing_eos_penalty or 0.0) * everyone["truncated"].float()
     experience = from_rollout(rollout, mask_truncated_completions=config.mask_truncated_completions)
     experience, differences = compared(run, experience)
-    return Sampled(experience, rollout.truncated, scores, rank, metrics | differences)
+    rewards = everyone["per_function"]
+    return Sampled(experience, rollout.truncated, scores, rank, metrics | differences, rewards)
 
 
 def chosen_samples(
