@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import launch_two
 from helpers.runs import grpo_config
 from helpers.tiny import PROMPTS, save_tiny, tiny_model, tiny_tokenizer
 from helpers.vllm_server import FakeVLLM
@@ -166,7 +167,7 @@ def test_two_runs_on_one_server_are_told_apart(server):
         return answer(body)
 
     server.generate = taken
-    with pytest.raises(UserError, match="other weights than this run's, twice"):
+    with pytest.raises(UserError, match="other weights than this run's, 3 times"):
         mine.sample(["7"], SamplingOptions(max_new_tokens=2))
     mine.close()
 
@@ -308,3 +309,11 @@ def test_what_this_process_samples_can_be_corrected_too(tmp_path):
     # five of many tokens hold a small part of the mass
     assert metrics["sampling/importance_ratio/max"] < 0.5
     assert metrics["sampling/effective_sample_size"] <= 1
+
+
+def test_two_processes_sample_from_what_the_main_one_has_brought(tmp_path, server):
+    grpo_config(tmp_path)  # writes the model, once
+    launch_two("two_samplers.py", tmp_path, server.url)
+    assert len(server.loaded) == 2
+    assert all(line["sampling/logp_difference/max"] < 1e-5 for line in lines(tmp_path / "run"))
+    assert all(line["sampling/resampled"] == 0 for line in lines(tmp_path / "run"))

@@ -32,6 +32,7 @@ MODELS, VERSION = "/v1/models", "/weight_info"
 GENERATE, RPC = "/inference/v1/generate", "/collective_rpc"
 NEW_VERSION, FORGET = "/update_weight_version", "/reset_prefix_cache"
 HOW_TO_START = "start it with `rlcore serve`, which sets what is needed"
+ATTEMPTS = 3  # to have completions from the right weights
 # log-probabilities of tokens that cannot have been drawn
 LEAST_LOGP = -1e4
 
@@ -105,6 +106,7 @@ class VLLMSampler:
         self.resampled = 0  # completions of the last call that came from other weights at first
         self._parent = weights_dir
         self._place: Path | None = None
+        self._is_own = False  # this sampler has made it
         self._run = uuid.uuid4().hex[:8]
         self.step: int | None = None  # of the policy that the servers have
 
@@ -133,6 +135,7 @@ class VLLMSampler:
         self.policy = policy
         if self._place is None:
             self._place = Path(tempfile.mkdtemp(prefix="rlcore-weights-", dir=self._parent))
+            self._is_own = True
         before, self.step = self.step, step
         write_served(policy, None, self._weights(step), weights)
         with ThreadPoolExecutor(len(self.servers)) as pool:
@@ -203,14 +206,14 @@ class VLLMSampler:
 
     def _answer(self, number: int, body: dict) -> list[_Completion]:
         server = self.servers[number % len(self.servers)]
-        for _ in range(2):
+        for _ in range(ATTEMPTS):
             completions = _completions(server, body)
             if all(each.versions <= {self.version} for each in completions):
                 return completions
             self._renew(server, len(completions))
         raise UserError(
-            f"the server at {server.url} sampled from other weights than this run's, twice: give "
-            "each run servers of its own"
+            f"the server at {server.url} sampled from other weights than this run's, {ATTEMPTS} "
+            "times: give each run servers of its own"
         )
 
     _renewing = threading.Lock()
@@ -225,7 +228,7 @@ class VLLMSampler:
     def close(self) -> None:
         """End waiting for servers; remove the weights' directory."""
         self._closed.set()
-        if self._place is not None:
+        if self._is_own:
             shutil.rmtree(self._place, ignore_errors=True)
 
 
