@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from .functional.corrections import clip_cov_weight, importance_weights, kl_cov_mask
     from .functional.kl_control import ppo_kl_coef, proportional_kl_coef
     from .functional.losses import pairwise_reward_loss, token_kl, value_loss
+    from .functional.masks import (
+        high_entropy_mask,
+        off_policy_mask,
+        rejection_mask,
+        second_moment_mask,
+    )
     from .functional.trust_region import CGResult, LineSearch, conjugate_gradient, line_search
     from .kernels.backend import use_backend
     from .kernels.formulas.registration import register_surrogate
@@ -63,6 +69,7 @@ _HOMES = {
     "gae": "kernels.scans.scan",
     "gae_from_scores": "kernels.scans.scan",
     "group_advantage": "functional.advantages",
+    "high_entropy_mask": "functional.masks",
     "importance_weights": "functional.corrections",
     "kl_cov_mask": "functional.corrections",
     "kto_loss": "kernels.pairs.preference_loss",
@@ -72,6 +79,7 @@ _HOMES = {
     "linear_policy_loss": "kernels.head.tokens",
     "linear_preference_loss": "kernels.head.pairs",
     "linear_token_logprob": "kernels.head.tokens",
+    "off_policy_mask": "functional.masks",
     "pairwise_reward_loss": "functional.losses",
     "plan_linear": "kernels.head.tokens",
     "policy_loss": "kernels.rows.policy_loss",
@@ -79,6 +87,8 @@ _HOMES = {
     "preference_loss": "kernels.pairs.preference_loss",
     "proportional_kl_coef": "functional.kl_control",
     "register_surrogate": "kernels.formulas.registration",
+    "rejection_mask": "functional.masks",
+    "second_moment_mask": "functional.masks",
     "shaped_reward": "kernels.scans.scan",
     "token_kl": "functional.losses",
     "token_logprob": "kernels.rows.token_logprob",

@@ -39,6 +39,7 @@ ROWS = {"target": ids(N), "mask": true(N), "temperature": 1.0}
 HEAD = {"hidden": x(N, H), "weight": x(V, H), "bias": x(V), "softcap": 2.0, "logit_scale": 1.0}
 SCORES = {"score": x(B), "logp": x(B, T), "ref_logp": x(B, T), "mask": true(B, T), "beta": 0.1}
 SCAN = {"mask": true(B, T), "terminated": ~true(B, T), "last_value": x(B), "gamma": 1.0}
+PAIR = {"logp": x(B, T), "old_logp": x(B, T), "mask": true(B, T)}
 GOOD = {
     "token_logprob": {"logits": x(N, V), **ROWS},
     "policy_loss": {"logits": x(N, V), **POLICY},
@@ -66,6 +67,12 @@ GOOD = {
     "group_advantage": {"reward": x(N), "num_generations": 2},
     "decoupled_group_advantage": {"reward": x(N, 2), "num_generations": 2},
     "leave_one_out_advantage": {"reward": x(N), "num_generations": 2},
+    "rejection_mask": {**PAIR, "kind": "k2", "upper": 0.1},
+    "off_policy_mask": {**PAIR, "advantage": x(B), "threshold": 0.1},
+    "second_moment_mask": {**PAIR, "advantage": x(B), "threshold": 0.1},
+    "high_entropy_mask": {
+        "entropy": x(B, T), "mask": true(B, T), "top_entropy_quantile": 0.2
+    },
     "whiten": {"x": x(B, T), "mask": true(B, T)},
     "value_loss": {
         "value": x(B, T), "old_value": x(B, T), "returns": x(B, T), "mask": true(B, T),

@@ -16,6 +16,7 @@ from rlcore.models.heads import LogitsHead
 from rlcore.trainers import grpo
 from rlcore.trainers.grpo import _update, _with_other_policies
 from rlcore.trainers.options.grpo import LOSS_TYPES, check_grpo_config
+from rlcore.trainers.shared import masking
 from rlcore.trainers.shared.collect import _metrics
 from rlcore.trainers.shared.judging import make_judge
 from rlcore.trainers.shared.policies import Policy, completion_logp
@@ -129,6 +130,63 @@ def test_tokens_whose_kl_is_bounded_are_counted(tmp_path):
     assert metrics["kl/bounded"] == pytest.approx(1 / int(made.mask.sum()))
     assert gradient.isfinite().all()
     assert "kl/bounded" not in update(tmp_path, made, beta=0.1, kl_estimator="k2")[0]
+
+
+MASKS = {
+    "off_policy": {"off_policy_mask_threshold": 0.05},
+    "second_moment": {"second_moment_threshold": 0.02},
+    "low_entropy": {"top_entropy_quantile": 0.4},
+    "all": {
+        "off_policy_mask_threshold": 0.05,
+        "second_moment_threshold": 0.02,
+        "top_entropy_quantile": 0.6,
+    },
+}
+
+
+def kept_tokens(made, options):
+    """(N, C) factors of the surrogate, from a float64 pass of the model."""
+    logp, entropy = make.naive_logp(tiny_model("gpt2").double(), made, 1.0)
+    given = (logp.detach(), made.old_logp.double(), made.advantage.double(), made.mask)
+    kept = made.mask.clone()
+    if "off_policy_mask_threshold" in options:
+        kept &= rl.off_policy_mask(*given, threshold=options["off_policy_mask_threshold"])
+    if "second_moment_threshold" in options:
+        kept &= rl.second_moment_mask(*given, threshold=options["second_moment_threshold"])
+    if "top_entropy_quantile" in options:
+        share = options["top_entropy_quantile"]
+        kept &= rl.high_entropy_mask(entropy.detach(), made.mask, top_entropy_quantile=share)
+    return kept
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("cut", [{}, {"per_device_train_batch_size": 2}], ids=["whole", "cut"])
+def test_masked_tokens_are_left_out_of_the_surrogate_alone(tmp_path, name, cut):
+    made, options = make.experience(**OFF_POLICY), MASKS[name]
+    kept = kept_tokens(made, options)
+    assert kept[made.mask].any() and not kept[made.mask].all()
+    wide = {"beta": 0.1, "epsilon": 5.0}  # what a clip leaves out anyway shows nothing
+    cut = cut and cut | {"gradient_accumulation_steps": 4}
+    metrics, gradient = update(tmp_path, made, **wide, num_iterations=2, **options, **cut)
+    weighted = dataclasses.replace(made, importance_ratio=kept.float())
+    expected, wanted = update(tmp_path, weighted, **wide)
+    assert_near(gradient, wanted, 3e-6)
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    _, unmasked = update(tmp_path, made, **wide)
+    assert (unmasked - gradient).norm() > 1e-2 * gradient.norm()
+    if name != "all":
+        share = 1 - kept.sum() / made.mask.sum()
+        assert metrics[f"masked/{name}"] == pytest.approx(float(share))
+
+
+def test_nothing_is_asked_of_the_policy_where_all_ratios_are_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(masking, "completion_scores", None)
+    made = make.experience()
+    options = {"off_policy_mask_threshold": 0.1, "num_iterations": 2}
+    metrics, _ = update(tmp_path, made, **options)
+    assert not any(name.startswith("masked") for name in metrics)
+    with pytest.raises(UserError, match="leave nothing out where a batch serves one step"):
+        check_grpo_config(make.config(tmp_path, off_policy_mask_threshold=0.1), 1)
 
 
 CUTS = [

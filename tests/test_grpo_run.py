@@ -11,6 +11,7 @@ import torch
 from helpers import grpo as make
 from helpers.ranks import launch_two
 from helpers.tiny import most_of, save_tiny, tiny_tokenizer
+from helpers.two_processes import VARIANTS
 from transformers import AutoModelForCausalLM
 
 from rlcore.errors import TrainingDiverged, UserError
@@ -121,7 +122,8 @@ def test_the_metrics_carry_trls_names_and_a_held_out_line_comes_first(config):
     assert set(written[0]) == held_out | {"step"}
     assert set(written[1]) == {
         "step", "epoch", "loss", "grad_norm", "learning_rate", "reward", "reward_std",
-        "frac_reward_zero_std", "rewards/digits/mean", "rewards/digits/std", "kl", "entropy",
+        "frac_reward_zero_std", "rewards/digits/mean", "rewards/digits/std", "kl", "kl/bounded",
+        "entropy",
         "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
         "completions/mean_length", "completions/min_length", "completions/max_length",
         "completions/clipped_ratio", "completions/unjudged", "num_tokens", "tokens_per_second",
@@ -328,12 +330,13 @@ def test_a_reward_function_that_fails_leaves_no_model_behind(config):
 def two_ranks(tmp_path_factory):
     """What two gloo processes wrote, each on half of the rows."""
     directory = tmp_path_factory.mktemp("ranks")
-    return directory, launch_two("two_processes.py", directory, *LOSS_TYPES)
+    return directory, launch_two("two_processes.py", directory, *LOSS_TYPES, *VARIANTS)
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "bnpo"])
+@pytest.mark.parametrize("loss_type", [*LOSS_TYPES.keys() - {"bnpo"}, *VARIANTS])
 def test_two_processes_take_the_step_of_one(two_ranks, tmp_path, loss_type):
-    run = make.make_run(make.config(tmp_path, loss_type=loss_type, beta=0.3))
+    changes = VARIANTS.get(loss_type, {"loss_type": loss_type})
+    run = make.make_run(make.config(tmp_path, beta=0.3, **changes))
     _, expected = _update(run, 1, make.experience(old=0.3, ref=0.4), torch.arange(8))
     gradient = make.gradient(run.policy)
     for rank in two_ranks[1]:

@@ -75,7 +75,7 @@ def importance_weights(
     packed_sequences = level == "sequence" and old_logp.dim() == 1
     if packed_sequences != (cu_seqlens is not None):
         raise ValueError("cu_seqlens goes with level 'sequence' on packed (N,) tokens, and only so")
-    mask = _checked_mask("old_logp", old_logp, mask, sampling_logp=sampling_logp)
+    mask = checked_mask("old_logp", old_logp, mask, sampling_logp=sampling_logp)
     dtype = torch.promote_types(old_logp.dtype, torch.float32)
     log_weight = log_ratio(old_logp.to(dtype), sampling_logp.to(dtype))
     log_weight = torch.where(mask & ~sampling_logp.isnan(), log_weight, 0.0)
@@ -152,10 +152,9 @@ def _covariance(logp, advantage, mask, fraction) -> tuple[Tensor, Tensor]:
     """Each token's part of the covariance, -inf where masked; how many tokens are to be chosen."""
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    if logp.dim() == 2 and advantage.shape == logp.shape[:1]:
-        advantage = advantage[:, None].expand(logp.shape)
+    advantage = spread(advantage, logp)
     # a banned token has no covariance, and none of its -inf in the mean of the others
-    mask = _checked_mask("logp", logp, mask, advantage=advantage) & (logp != -torch.inf)
+    mask = checked_mask("logp", logp, mask, advantage=advantage) & (logp != -torch.inf)
     dtype = torch.promote_types(logp.dtype, torch.float32)
     logp, advantage = (torch.where(mask, x.to(dtype), 0.0) for x in (logp, advantage))
     counted = mask.sum()
@@ -173,7 +172,15 @@ def _largest(score: Tensor, count: Tensor) -> Tensor:
     return (rank.view(score.shape) < count) & (score > -torch.inf)
 
 
-def _checked_mask(name: str, logp: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor:
+def spread(advantage: Tensor, logp: Tensor) -> Tensor:
+    """(B,) advantages spread over the T of logp (B, T); others as they are."""
+    if logp.dim() == 2 and advantage.shape == logp.shape[:1]:
+        return advantage[:, None].expand(logp.shape)
+    return advantage
+
+
+def checked_mask(name: str, logp: Tensor, mask: Tensor | None, **others: Tensor) -> Tensor:
+    """The mask, all true where it is None; ValueError where a shape is not logp's."""
     if logp.dim() not in (1, 2):
         raise ValueError(f"{name} must be (N,) or (B, T), not {tuple(logp.shape)}")
     if mask is None:

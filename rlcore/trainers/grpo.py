@@ -27,6 +27,7 @@ from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of,
 from rlcore.trainers.shared.held_out import HeldOut
 from rlcore.trainers.shared.judging import Judge, make_judge
 from rlcore.trainers.shared.loading import load_prompts
+from rlcore.trainers.shared.masking import masked
 from rlcore.trainers.shared.metrics import Clock, Log, Means
 from rlcore.trainers.shared.order import batch_indices, mix_seed
 from rlcore.trainers.shared.policies import (
@@ -157,6 +158,7 @@ def _update(
     means, config = Means(), run.config
     logp = torch.zeros(experience.mask.shape, device=experience.mask.device)
     num_items = _num_items(run, experience.mask[rows])
+    experience, shares = masked(run, experience, rows)
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         part = experience.take(batch).trimmed()
@@ -168,7 +170,7 @@ def _update(
         return result.loss
 
     trained = optimizer_step(run, step, _useful_batches(run, experience, rows), loss_of)
-    return logp, trained | means.reduce(run.accelerator)
+    return logp, trained | shares | means.reduce(run.accelerator)
 
 
 def _useful_batches(run: Run, experience: Experience, rows: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -20,13 +20,21 @@ from helpers.tiny import PROMPTS, most_of, save_tiny
 from rlcore.errors import TrainingStopped
 from rlcore.trainers.grpo import GRPOConfig, _update, train_grpo
 
+# updates that are no loss type's
+VARIANTS = {
+    "masked": {
+        "second_moment_threshold": 0.01, "top_entropy_quantile": 0.5, "num_iterations": 2,
+        "off_policy_mask_threshold": 0.1,
+    }
+}  # fmt: skip
+
 
 def one_update(directory: Path, loss_type: str) -> dict:
     """The gradient and metrics of this rank's four rows in micro-batches of two."""
     config = make.config(
         directory,
-        loss_type=loss_type,
         beta=0.3,
+        **VARIANTS.get(loss_type, {"loss_type": loss_type}),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
     )

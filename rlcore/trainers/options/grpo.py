@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rlcore.errors import UserError, unknown_name
 from rlcore.functional.advantages import SCALES
-from rlcore.runs.ranges import Count, NotNegative, Positive, check_ranges
+from rlcore.runs.ranges import Count, Fraction, NotNegative, Positive, check_ranges
 from rlcore.trainers.options.sampling import SamplingConfig, check_sampling_config
 from rlcore.trainers.options.value import check_unused
 
@@ -85,6 +85,14 @@ class GRPOConfig(SamplingConfig):
     kl_estimator: str = "k3"  # k1, k2, k3 or k3_ratio (k3 times the importance ratio)
     entropy_coef: float = 0.0  # weight of the entropy bonus
 
+    # Tokens left out of the surrogate; each is one more forward pass of a step
+
+    # sequences of negative advantage where log(old / policy) is above this on average; None: none
+    off_policy_mask_threshold: Positive | None = None
+    # tokens of the largest ratios, until the mean of (log ratio)^2 is at most this; None: none
+    second_moment_threshold: Positive | None = None
+    top_entropy_quantile: Fraction = 1.0  # all but this share, of the highest entropy
+
     @property
     def micro_steps(self) -> int:
         """Micro-steps that a generation batch is cut into."""
@@ -99,6 +107,11 @@ class GRPOConfig(SamplingConfig):
     def updates_per_batch(self) -> int:
         """Optimizer steps that a generation batch serves."""
         return self.num_iterations * self.updates_per_pass
+
+    @property
+    def masks_ratios(self) -> bool:
+        """Tokens are left out by the ratio of the policy to the one that sampled."""
+        return not (self.off_policy_mask_threshold is None and self.second_moment_threshold is None)
 
     @property
     def wants_reference(self) -> bool:
@@ -144,6 +157,12 @@ def check_grpo_config(config: GRPOConfig, reward_count: int) -> None:
             *("scale_rewards", "normalize_rewards", "missing_eos_penalty"),
         )
     _check_surrogate(config)
+    if config.masks_ratios and config.sampler == "local" and config.updates_per_batch == 1:
+        raise UserError(
+            "off_policy_mask_threshold and second_moment_threshold leave nothing out where a batch "
+            "serves one step of the policy that sampled it: set num_iterations or "
+            "steps_per_generation with them"
+        )
 
 
 def _surrogates() -> Mapping[str, Surrogate]:

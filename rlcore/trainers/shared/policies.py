@@ -72,20 +72,29 @@ def as_reference(run: Run, model: Any | None) -> Policy | None:
     return Policy(model.to(run.accelerator.device), head)
 
 
-@torch.no_grad()
 def completion_logp(run: Run, policy: Policy, experience: Experience) -> torch.Tensor:
     """(N, C) log-probabilities of the completions; 0 where no loss will ask for them."""
-    logp = torch.zeros(experience.mask.shape, device=experience.mask.device)
+    return completion_scores(run, policy, experience, entropy=False)[0]
+
+
+@torch.no_grad()
+def completion_scores(
+    run: Run, policy: Policy, experience: Experience, *, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, C) log-probabilities of the completions, and entropies or zeros; 0 where masked."""
+    logp, entropies = torch.zeros(2, *experience.mask.shape, device=experience.mask.device)
     everything = torch.arange(len(experience), device=logp.device)
     with policy.asked():
         for rows in micro_batches(run, experience, everything):
             part = experience.take(rows).trimmed()
             with run.accelerator.autocast():
                 scores = policy.head.token_logprob(
-                    policy.model, part, temperature=run.config.temperature, entropy=False
+                    policy.model, part, temperature=run.config.temperature, entropy=entropy
                 )
             logp[rows, : part.completion_length] = scores.logp.to(logp.dtype)
-    return logp
+            if entropy:
+                entropies[rows, : part.completion_length] = scores.entropy.to(logp.dtype)
+    return logp, entropies
 
 
 def micro_batches(run: Run, experience: Experience, rows: torch.Tensor) -> Sequence[torch.Tensor]:
