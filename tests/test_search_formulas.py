@@ -38,6 +38,8 @@ OPTIONS = {
     "vespo": dict.fromkeys(("k_pos", "lambda_pos", "k_neg", "lambda_neg"), positive),
     "dppo_tv": CLIP,
     "dppo_kl": CLIP,
+    "prime_rl": CLIP | {"kl_tau": numbers()},
+    "dro": {"tau": numbers()},
     "kl_cov": {"kl_coef": numbers()},
 }
 AT = [(name, level) for name in OPTIONS for level in SURROGATES[name].levels]

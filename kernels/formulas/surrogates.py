@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..limits import held, times
+from . import divergence_losses as divergences
 from . import token_losses as formulas
 from .kl import policy_kl_terms
 
@@ -81,10 +82,18 @@ SURROGATES: dict[str, Surrogate] = {
         {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
         positive=("k_pos", "lambda_pos", "k_neg", "lambda_neg"), levels=SEQUENCE, product=True,
     ),
-    "dppo_tv": Surrogate(formulas.dppo_tv, formulas._dppo_tv, CLIP, levels=TOKEN),
-    "dppo_kl": Surrogate(formulas.dppo_kl, formulas._dppo_kl, CLIP, levels=TOKEN),
+    "dppo_tv": Surrogate(divergences.dppo_tv, divergences._dppo_tv, CLIP, levels=TOKEN),
+    "dppo_kl": Surrogate(divergences.dppo_kl, divergences._dppo_kl, CLIP, levels=TOKEN),
+    "prime_rl": Surrogate(
+        divergences.prime_rl, divergences._prime_rl, (*CLIP, "kl_tau"), {"kl_tau": 1e-3},
+        needs_advantage=False, levels=TOKEN,
+    ),
+    "dro": Surrogate(
+        divergences.dro, divergences._dro, ("tau",), {"tau": 0.05},
+        needs_advantage=False, levels=TOKEN,
+    ),
     "kl_cov": Surrogate(
-        formulas.kl_cov, formulas._kl_cov, ("kl_coef",), {"kl_coef": 1.0},
+        divergences.kl_cov, divergences._kl_cov, ("kl_coef",), {"kl_coef": 1.0},
         needs_advantage=False, levels=TOKEN,
     ),
 }  # fmt: skip

@@ -16,13 +16,14 @@ from ..backend import tl, triton
 from ..limits import expm1_, known, log_ratio, log_ratio_, times, times_, times_exp, times_exp_
 
 
-def _nowhere(logp):
+def nowhere(logp):
+    """No token is clipped."""
     return torch.zeros_like(logp, dtype=torch.bool)
 
 
 def reinforce(logp, old_logp, advantage, parameters):
     """loss = -A log pi(a|s): the policy gradient theorem (Williams 1992, eq. 3; Sutton 2000)."""
-    return times(-advantage, logp), -advantage, _nowhere(logp)
+    return times(-advantage, logp), -advantage, nowhere(logp)
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def ppo_penalty(logp, old_logp, advantage, parameters):
     near = excess * torch.expm1(x.detach().clamp(max=1))
     grown = torch.where(x > 1, times_exp(excess, x) - excess, near)
     slope = grown - advantage
-    return known(slope - kl_coef * x.detach(), (x, slope)), slope, _nowhere(logp)
+    return known(slope - kl_coef * x.detach(), (x, slope)), slope, nowhere(logp)
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def cispo(logp, old_logp, advantage, parameters):
     """
     epsilon, epsilon_high = parameters
     slope = _bounded(logp, old_logp, -advantage, 1 - epsilon, 1 + epsilon_high)
-    return times(slope, logp), slope, _nowhere(logp)
+    return times(slope, logp), slope, nowhere(logp)
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def cispo_abs(logp, old_logp, advantage, parameters):
     8. A clip of 0.2, sensible elsewhere, would here scale every gradient by 0.2.
     """
     slope = _bounded(logp, old_logp, -advantage, 0.0, parameters[0])
-    return times(slope, logp), slope, _nowhere(logp)
+    return times(slope, logp), slope, nowhere(logp)
 
 
 @triton.jit
@@ -166,7 +167,7 @@ def sapo(logp, old_logp, advantage, parameters):
     gate = torch.where(distance > 0, 1 - tail, tail)
     # the advantage last: it may be large, and the gate all but shut
     slope = -advantage * (4 * tail * (1 - tail) * torch.exp(near))
-    return known(-advantage * (4 * gate / tau), (x, slope)), slope, _nowhere(logp)
+    return known(-advantage * (4 * gate / tau), (x, slope)), slope, nowhere(logp)
 
 
 @triton.jit
@@ -184,97 +185,6 @@ def _sapo(logp, old_logp, advantage, parameters):
     return -advantage * (4 * gate / tau), slope, logp < logp
 
 
-def dppo_tv(logp, old_logp, advantage, parameters):
-    """loss = -r A where the policies are near, 0 where the update would part them further.
-
-    DPPO (arXiv:2602.04879) with the binary total variation |pi - pi_old| of the sampled token: a
-    token is dropped where A > 0 and pi - pi_old > epsilon_high, or A < 0 and pi_old - pi > epsilon.
-    """
-    epsilon, epsilon_high = parameters
-    x = log_ratio(logp, old_logp)
-    # pi - pi_old as the larger times the share that the other lacks
-    lacks = -torch.expm1(-x.detach().abs()) * x.detach().sign()
-    rise = times_exp(lacks, torch.maximum(logp, old_logp))
-    dropped = ((advantage > 0) & (rise > epsilon_high)) | ((advantage < 0) & (rise < -epsilon))
-    loss = torch.where(dropped, 0.0, times_exp(-advantage, x))
-    return known(loss, (x, loss)), loss, dropped
-
-
-@triton.jit
-def _dppo_tv(logp, old_logp, advantage, parameters):
-    epsilon, epsilon_high = parameters
-    x = log_ratio_(logp, old_logp)
-    lacks = -expm1_(-tl.abs(x)) * _sign(x)
-    rise = times_exp_(lacks, tl.maximum(logp, old_logp))
-    dropped = ((advantage > 0) & (rise > epsilon_high)) | ((advantage < 0) & (rise < -epsilon))
-    loss = tl.where(dropped, 0.0, times_exp_(-advantage, x))
-    return loss, loss, dropped
-
-
-@triton.jit
-def _sign(x):
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
-
-
-# stands for the probability of all other tokens where rounding leaves none of it
-LEAST = 1e-12
-
-
-def dppo_kl(logp, old_logp, advantage, parameters):
-    """As "dppo_tv", by the binary KL(pi_old || pi) of the sampled token against all others.
-
-    DPPO (arXiv:2602.04879): q log(q / p) + (1 - q) log((1 - q) / (1 - p)), q = pi_old, p = pi,
-    bounded by epsilon_high where A > 0 and p > q, and by epsilon where A < 0 and p < q.
-    """
-    epsilon, epsilon_high = parameters
-    x = log_ratio(logp, old_logp)
-    rest, old_rest = (-torch.expm1(y).clamp(max=-LEAST) for y in (logp, old_logp))
-    kl = times_exp(-x.detach(), old_logp) + old_rest * torch.log(old_rest / rest)
-    too_high = (advantage > 0) & (x > 0) & (kl > epsilon_high)
-    too_low = (advantage < 0) & (x < 0) & (kl > epsilon)
-    loss = torch.where(too_high | too_low, 0.0, times_exp(-advantage, x))
-    return known(loss, (x, loss)), loss, too_high | too_low
-
-
-@triton.jit
-def _dppo_kl(logp, old_logp, advantage, parameters):
-    epsilon, epsilon_high = parameters
-    x = log_ratio_(logp, old_logp)
-    rest = _rest(logp)
-    old_rest = _rest(old_logp)
-    kl = times_exp_(-x, old_logp) + old_rest * tl.log(old_rest / rest)
-    too_high = (advantage > 0) & (x > 0) & (kl > epsilon_high)
-    too_low = (advantage < 0) & (x < 0) & (kl > epsilon)
-    loss = tl.where(too_high | too_low, 0.0, times_exp_(-advantage, x))
-    return loss, loss, too_high | too_low
-
-
-@triton.jit
-def _rest(logp):
-    """1 - exp(logp), at least LEAST."""
-    rest = -expm1_(logp)
-    return tl.where(rest < 1e-12, 1e-12, rest)
-
-
-def kl_cov(logp, old_logp, advantage, parameters):
-    """loss = -r A + kl_coef |log r|, for the tokens that `rl.kl_cov_mask` picks.
-
-    KL-Cov (arXiv:2505.22617): the others go unpenalized, by "ppo_clip" with epsilon infinite.
-    """
-    x = log_ratio(logp, old_logp)
-    free = times_exp(-advantage, x)
-    slope = free + parameters[0] * x.detach().sign()
-    loss = free + parameters[0] * x.detach().abs()
-    return known(loss, (x, slope)), slope, _nowhere(logp)
-
-
-@triton.jit
-def _kl_cov(logp, old_logp, advantage, parameters):
-    x = log_ratio_(logp, old_logp)
-    free = times_exp_(-advantage, x)
-    return free + parameters[0] * tl.abs(x), free + parameters[0] * _sign(x), logp < logp
-
-
 def gmpo(logp, old_logp, advantage, parameters):
     """loss = -A (the geometric mean of the sequence's clipped ratios), at sequence level alone.
 
@@ -282,7 +192,7 @@ def gmpo(logp, old_logp, advantage, parameters):
     """
     x = log_ratio(logp, old_logp)
     slope = times_exp(-advantage, x)
-    return known(slope, (x, slope)), slope, _nowhere(logp)
+    return known(slope, (x, slope)), slope, nowhere(logp)
 
 
 def vespo(logp, old_logp, advantage, parameters):
@@ -297,7 +207,7 @@ def vespo(logp, old_logp, advantage, parameters):
     k = torch.where(up, k_pos, torch.full_like(x, k_neg))
     rate = torch.where(up, lambda_pos, torch.full_like(x, lambda_neg))
     slope = times_exp(-advantage, k * x - rate * torch.expm1(x))
-    return times(slope, logp), slope, _nowhere(logp)
+    return times(slope, logp), slope, nowhere(logp)
 
 
 def gmpo_clip(log_ratio, advantage, parameters):

@@ -110,6 +110,18 @@ def dppo_kl(x, logp, old, A, epsilon=0.2, epsilon_high=None):
     return _ratio(x, A)
 
 
+def prime_rl(x, logp, old, A, kl_tau=1e-3, **clip):
+    tv, pull = dppo_tv(x, logp, old, A, **clip), kl_tau * x
+    size = abs(tv.loss) + abs(pull * x) + abs(pull)
+    return Token(tv.loss + pull * x, tv.by_ratio + 2 * pull, size=size)
+
+
+def dro(x, logp, old, A, tau=0.05):
+    pull = tau * x
+    size = abs(A * logp) + abs(pull * x) + abs(A) + abs(pull)
+    return Token(-A * logp + pull * x / 2, mp.zero, pull - A, size=size)
+
+
 def kl_cov(x, logp, old, A, kl_coef=1.0):
     r = mp.exp(x)
     size = abs(A * r) + abs(kl_coef * x) + abs(kl_coef)
@@ -119,6 +131,7 @@ def kl_cov(x, logp, old, A, kl_coef=1.0):
 SURROGATES: dict[str, Callable[..., Token]] = {
     f.__name__: f
     for f in (
+        prime_rl, dro,
         reinforce, ppo_clip, ppo_penalty, cispo, cispo_abs, sapo, gmpo, vespo,
         dppo_tv, dppo_kl, kl_cov,
     )

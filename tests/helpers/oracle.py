@@ -17,7 +17,8 @@ from helpers.surrogates import FORMULAS, PRODUCTS, gmpo_clip
 def k3(d: Tensor) -> Tensor:
     """e^d - 1 - d, and the tangent at 10 from there on."""
     near = d.clamp(max=10)
-    return torch.exp(near) - 1 - near + (math.exp(10) - 1) * (d - near)
+    tangent = math.exp(10) - 11 + (math.exp(10) - 1) * (d - 10)
+    return torch.where(d > 10, tangent, torch.exp(near) - 1 - near)
 
 
 KL = {

@@ -85,6 +85,19 @@ def dppo_kl(ratio, logp, advantage, *, epsilon=0.2, epsilon_high=None):
     return -ratio * advantage * ~further, further
 
 
+def prime_rl(ratio, logp, advantage, *, surrogate_params=None, **clip):
+    """dppo_tv's loss and tau (log r)^2."""
+    tau = (surrogate_params or {"kl_tau": 1e-3})["kl_tau"]
+    loss, _ = dppo_tv(ratio, logp, advantage, **clip)
+    return loss + tau * ratio.log().square(), _never(logp)
+
+
+def dro(ratio, logp, advantage, *, surrogate_params=None):
+    """-A log pi + tau / 2 (log r)^2."""
+    tau = (surrogate_params or {"tau": 0.05})["tau"]
+    return -advantage * logp + tau / 2 * ratio.log().square(), _never(logp)
+
+
 def kl_cov(ratio, logp, advantage, *, surrogate_params=None):
     """-r A + c |log r|."""
     coefficient = (surrogate_params or {"kl_coef": 1.0})["kl_coef"]
@@ -100,6 +113,8 @@ FORMULAS = {
     "vespo": vespo,
     "dppo_tv": dppo_tv,
     "dppo_kl": dppo_kl,
+    "prime_rl": prime_rl,
+    "dro": dro,
     "kl_cov": kl_cov,
 }
 
@@ -120,5 +135,7 @@ OPTIONS: dict[str, dict] = {
     },
     "dppo_tv": {"epsilon": 0.004, "epsilon_high": 0.012},
     "dppo_kl": {"epsilon": 0.001, "epsilon_high": 0.004},
+    "prime_rl": {"epsilon": 0.004, "epsilon_high": 0.012, "surrogate_params": {"kl_tau": 0.3}},
+    "dro": {"surrogate_params": {"tau": 0.7}},
     "kl_cov": {"surrogate_params": {"kl_coef": 0.7}},
 }
