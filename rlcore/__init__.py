@@ -18,7 +18,12 @@ if TYPE_CHECKING:
         leave_one_out_advantage,
         whiten,
     )
-    from .functional.corrections import clip_cov_weight, importance_weights, kl_cov_mask
+    from .functional.corrections import (
+        clip_cov_weight,
+        future_kl_weight,
+        importance_weights,
+        kl_cov_mask,
+    )
     from .functional.kl_control import ppo_kl_coef, proportional_kl_coef
     from .functional.losses import pairwise_reward_loss, token_kl, value_loss
     from .functional.masks import (
@@ -66,6 +71,7 @@ _HOMES = {
     "discounted_return": "kernels.scans.scan",
     "fisher_vector_product": "kernels.rows.fisher",
     "fused_head": "models.fused_head",
+    "future_kl_weight": "functional.corrections",
     "gae": "kernels.scans.scan",
     "gae_from_scores": "kernels.scans.scan",
     "group_advantage": "functional.advantages",

@@ -67,6 +67,7 @@ GOOD = {
     "group_advantage": {"reward": x(N), "num_generations": 2},
     "decoupled_group_advantage": {"reward": x(N, 2), "num_generations": 2},
     "leave_one_out_advantage": {"reward": x(N), "num_generations": 2},
+    "future_kl_weight": {**PAIR, "half_life": 4.0},
     "rejection_mask": {**PAIR, "kind": "k2", "upper": 0.1},
     "off_policy_mask": {**PAIR, "advantage": x(B), "threshold": 0.1},
     "second_moment_mask": {**PAIR, "advantage": x(B), "threshold": 0.1},

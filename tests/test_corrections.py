@@ -217,3 +217,26 @@ def test_a_banned_token_spoils_no_other():
     chosen = rl.kl_cov_mask(logp, advantage, fraction=0.5)
     without = rl.kl_cov_mask(logp[1:], advantage[1:], fraction=1 / 3)
     assert chosen.tolist() == [False, *without.tolist()] and chosen.sum() == 1
+
+
+@pytest.mark.parametrize("low, high", [(1.0, 1.2), (0.8, 1.2), (0.0, math.inf)])
+def test_the_future_kls_weight_is_its_definition(low, high):
+    logp, old_logp = -torch.rand(2, 5, 6, dtype=torch.float64)
+    mask = torch.arange(6) < torch.tensor([6, 3, 0, 1, 5])[:, None]
+    want, inside = torch.zeros_like(logp), 0
+    for b in range(5):
+        for t in mask[b].nonzero().flatten().tolist():
+            future = sum(
+                2 ** (-(k - t) / 3) * (logp[b, k] - old_logp[b, k]).item()
+                for k in range(t, int(mask[b].sum()))
+            )
+            want[b, t] = min(max(math.exp(future), low), high)
+            inside += low < want[b, t] < high
+    assert inside
+    logp[~mask] = NAN
+    got = rl.future_kl_weight(logp, old_logp, mask, half_life=3.0, low=low, high=high)
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match=r"logp must be \(B, T\), not \(6,\)"):
+        rl.future_kl_weight(logp[0], old_logp[0])
+    with pytest.raises(ValueError, match=r"0 <= low <= high, got 2\.0 and 1\.2"):
+        rl.future_kl_weight(logp, old_logp, low=2.0)

@@ -87,6 +87,7 @@ def test_the_kl_times_the_ratio_is_the_formulas(tmp_path, policy, level):
     "options",
     [
         {"loss_type": "reinforce", "beta": 0.1},
+        {"loss_type": "fipo", "fipo_decay_rate": 2.0, "fipo_clip_high_only": False, "beta": 0.1},
         {"loss_type": "dppo_tv", "epsilon": 0.004, "epsilon_high": 0.012},
         {"loss_type": "gmpo", "epsilon": 0.05},
         {"loss_type": "ppo_penalty", "surrogate_params": {"kl_coef": 0.4}},

@@ -278,6 +278,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
             {"loss_type": "dppo_kl", "importance_sampling_level": "sequence"},
             "loss_type 'dppo_kl' has no importance ratio at sequence level",
         ),
+        ({"fipo_clip_range": 0.1}, "fipo_clip_range is set, but has no effect here"),
         ({"loss_type": "gmpo", "kl_estimator": "k3_ratio", "beta": 0.1}, "'gmpo' clips its token"),
         (
             {"importance_sampling_level": "sequnce"},

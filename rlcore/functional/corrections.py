@@ -1,6 +1,7 @@
 """Per-token weights and masks that are computed before a policy loss and handed to it.
 
 importance_weights   w = pi_old / pi_sampling, truncated (TIS) or masked (MIS)
+future_kl_weight     more for tokens that come before what the policy has come to favour (FIPO)
 clip_cov_weight      0 for a few of the tokens whose logp and advantage vary together, 1 elsewhere
 kl_cov_mask          the tokens where they do so most
 """
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rlcore.errors import unknown_name
-from rlcore.kernels.checks import checks_types
+from rlcore.kernels.checks import check_positive, checks_types
 from rlcore.kernels.formulas.sequence_ratio import sequence_sum
 from rlcore.kernels.limits import log_ratio
+from rlcore.kernels.scans.scan import discounted_return
 
 LEVELS = ("token", "sequence")
 
@@ -82,6 +84,48 @@ def importance_weights(
     if level == "sequence":
         log_weight = sequence_sum(log_weight, cu_seqlens)
     return torch.where(mask, MODES[mode](log_weight.exp(), low, high), 0.0)
+
+
+@checks_types
+@torch.no_grad()
+def future_kl_weight(
+    logp: Tensor,
+    old_logp: Tensor,
+    mask: Tensor | None = None,
+    *,
+    half_life: float = 32.0,
+    low: float = 1.0,
+    high: float = 1.2,
+) -> Tensor:
+    """FIPO (arXiv:2603.19835): how much the policy has come to favour what follows each token.
+
+    f_t = clip(exp(sum over k >= t of 2^(-(k - t) / half_life) log(pi / pi_old)_k), low, high).
+    Pass it as the `importance_sampling_ratio` of a "ppo_clip" loss: f is positive, so that it then
+    multiplies the advantage.
+
+    Args:
+        logp, old_logp: (B, T), of the present policy and of the one that sampled.
+        mask: bool, true = the token counts; others are passed over. None = every token counts.
+        half_life: in tokens, positive.
+        low, high: the bounds, 0 <= low <= high. The defaults only ever add weight; low = 0.8 is the
+            two-sided form.
+
+    Returns:
+        (B, T), float32 (float64 for float64), without gradient; 0 where masked.
+
+    Raises:
+        ValueError: shapes differ, not rows (B, T), a half-life or bounds out of range.
+    """
+    check_positive(half_life=half_life)
+    if not 0 <= low <= high:
+        raise ValueError(f"low and high must satisfy 0 <= low <= high, got {low} and {high}")
+    if logp.dim() != 2:
+        raise ValueError(f"logp must be (B, T), not {tuple(logp.shape)}: each row is a sequence")
+    mask = checked_mask("logp", logp, mask, old_logp=old_logp)
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    x = torch.where(mask, log_ratio(logp.to(dtype), old_logp.to(dtype)), 0.0)
+    future = discounted_return(x, gamma=0.5 ** (1 / half_life), mask=mask)
+    return torch.where(mask, future.exp().clamp(low, high), 0.0)
 
 
 @checks_types

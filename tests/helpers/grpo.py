@@ -121,6 +121,8 @@ def naive_loss(model: Any, made: Experience, config: GRPOConfig) -> torch.Tensor
             shared = log_ratio.sum() if surrogate in oracle.PRODUCTS else log_ratio.mean()
             log_ratio = shared.expand(log_ratio.shape)
         loss, _ = oracle.SURROGATES[surrogate](log_ratio.exp(), new, advantage, **clip)
+        if config.loss_type == "fipo":
+            loss = loss * future_kl(log_ratio.detach(), config)
         loss = loss - config.entropy_coef * entropy[row, counted]
         if config.beta:
             gap = made.ref_logp[row, counted].double() - new
@@ -138,6 +140,15 @@ def naive_loss(model: Any, made: Experience, config: GRPOConfig) -> torch.Tensor
     per_length = config.loss_type == "dr_grpo"
     count = sequences * config.max_completion_length if per_length else tokens
     return sum(row.sum() for row in rows) / count
+
+
+def future_kl(log_ratio: torch.Tensor, config: GRPOConfig) -> torch.Tensor:
+    """FIPO's factors of one row's tokens."""
+    steps = torch.arange(len(log_ratio))
+    decay = 0.5 ** ((steps - steps[:, None]) / config.fipo_decay_rate)
+    future = (decay * (steps >= steps[:, None]) * log_ratio).sum(1)
+    reach = config.fipo_clip_range
+    return future.exp().clamp(1 if config.fipo_clip_high_only else 1 - reach, 1 + reach)
 
 
 def gradient(model: Any) -> torch.Tensor:

@@ -28,6 +28,7 @@ class LossType:
     all_processes: bool = True  # whose tokens or sequences the denominator counts
     fixed_length: bool = False  # max_completion_length stands for every sequence's length
     surrogate: str = "ppo_clip"
+    future_kl: bool = False  # rl.future_kl_weight multiplies the advantages
     # where the loss has no other: the default of the option of this name is then this
     importance_sampling_level: str | None = None
 
@@ -42,6 +43,8 @@ LOSS_TYPES = {
     "cispo_abs": LossType("token-mean", surrogate="cispo_abs"),
     "sapo": LossType("seq-mean-token-mean", surrogate="sapo"),
     "vespo": LossType("token-mean", surrogate="vespo"),
+    # arXiv:2603.19835
+    "fipo": LossType("token-mean", future_kl=True),
     # arXiv:2602.05261: GSPO whose sequences weigh as much as they are long
     "luspo": LossType("seq-mean-token-sum", importance_sampling_level="sequence"),
 }
@@ -71,10 +74,13 @@ class GRPOConfig(SamplingConfig):
 
     # Loss
 
-    # grpo, dapo, dr_grpo, bnpo, luspo, cispo, cispo_abs, sapo, vespo, or any other surrogate
+    # grpo, dapo, dr_grpo, bnpo, luspo, fipo, cispo, cispo_abs, sapo, vespo, or another surrogate
     loss_type: str = "dapo"
     # parameters of the surrogate's own, as JSON: '{"tau_pos": 1.0}'; None: those of its table
     surrogate_params: dict[str, float] | None = None
+    fipo_decay_rate: Positive = 32.0  # fipo: tokens after which a log-ratio counts half
+    fipo_clip_range: Fraction = 0.2  # fipo: weights are within [1, 1 + this]
+    fipo_clip_high_only: bool = True  # or, with --no-fipo-clip-high-only, [1 - this, 1 + this]
     # token, or sequence: a completion's tokens share a ratio; None: token where the loss has it
     importance_sampling_level: str | None = None
     epsilon: Positive = 0.2  # the ratio is clipped below 1 - epsilon
@@ -112,6 +118,11 @@ class GRPOConfig(SamplingConfig):
     def masks_ratios(self) -> bool:
         """Tokens are left out by the ratio of the policy to the one that sampled."""
         return not (self.off_policy_mask_threshold is None and self.second_moment_threshold is None)
+
+    @property
+    def weighs_ratios(self) -> bool:
+        """The surrogate is weighed by those ratios, or tokens left out."""
+        return self.masks_ratios or loss_type_of(self.loss_type).future_kl
 
     @property
     def wants_reference(self) -> bool:
@@ -189,6 +200,9 @@ def _check_surrogate(config: GRPOConfig) -> None:
     from rlcore.kernels.rows.policy_inputs import own_parameters
 
     loss_type, surrogate = loss_type_of(config.loss_type), config.surrogate
+    if not loss_type.future_kl:
+        own = ("fipo_decay_rate", "fipo_clip_range", "fipo_clip_high_only")
+        check_unused(config, f"loss_type {config.loss_type!r} weighs no future", *own)
     for name in ("epsilon_high", "delta"):
         value = getattr(config, name)
         if value is not None and name not in surrogate.parameters:

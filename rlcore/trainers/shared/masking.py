@@ -4,6 +4,8 @@ off_policy_mask_threshold   sequences of negative advantage that the policy has 
 second_moment_threshold     tokens of the largest ratios, by the mean of (log r)^2 (M2PO)
 top_entropy_quantile        all but the tokens where the policy is least certain
 
+loss_type fipo              no mask, but a weight by what the policy has come to favour later on
+
 They need the policy's log-probabilities and entropies of the whole step before its first
 micro-batch: one more forward pass, except where only ratios matter and all of them are 1. What is
 left out still counts in the denominator, and in the KL and the entropy bonus.
@@ -15,8 +17,9 @@ import dataclasses
 
 import torch
 
+from rlcore.functional.corrections import future_kl_weight
 from rlcore.functional.masks import high_entropy_mask, off_policy_mask, second_moment_mask
-from rlcore.trainers.options.grpo import GRPOConfig
+from rlcore.trainers.options.grpo import GRPOConfig, loss_type_of
 from rlcore.trainers.shared.credit import everywhere, mine
 from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.policies import Policy, completion_scores
@@ -34,7 +37,7 @@ def masked(
     part = experience.take(rows)
     old_logp = part.old_logp if config.sampler == "local" else part.sampling_logp
     by_entropy = config.top_entropy_quantile < 1
-    by_ratio = config.masks_ratios and old_logp is not None
+    by_ratio = config.weighs_ratios and old_logp is not None
     if not (by_entropy or by_ratio):
         return experience, {}
     logp, entropy = completion_scores(run, Policy(run.model, run.head), part, entropy=by_entropy)
@@ -52,8 +55,20 @@ def masked(
     ratio = torch.ones_like(experience.mask, dtype=logp.dtype) if ratio is None else ratio.clone()
     for kept in keep.values():
         ratio[rows] = ratio[rows] * kept
+    if by_ratio and loss_type_of(config.loss_type).future_kl:
+        ratio[rows] = ratio[rows] * _future_kl(config, logp, old_logp, part.mask)
     shares = {f"masked/{name}": _share(run, part.mask, kept) for name, kept in keep.items()}
     return dataclasses.replace(experience, importance_ratio=ratio), shares
+
+
+def _future_kl(
+    config: GRPOConfig, logp: torch.Tensor, old_logp: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    reach = config.fipo_clip_range
+    low = 1.0 if config.fipo_clip_high_only else 1.0 - reach
+    return future_kl_weight(
+        logp, old_logp, mask, half_life=config.fipo_decay_rate, low=low, high=1.0 + reach
+    )
 
 
 def _by_ratio(
