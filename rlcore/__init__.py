@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from .kernels.head.pairs import linear_preference_loss
     from .kernels.head.plan import LinearPlan
     from .kernels.head.tokens import linear_policy_loss, linear_token_logprob, plan_linear
-    from .kernels.pairs.preference_loss import PreferenceLoss, kto_loss, preference_loss
+    from .kernels.pairs.kto_loss import kto_loss
+    from .kernels.pairs.preference_loss import PreferenceLoss, preference_loss
     from .kernels.rows.categorical_kl import categorical_kl
     from .kernels.rows.fisher import fisher_vector_product
     from .kernels.rows.policy_loss import PolicyLoss, policy_loss
@@ -78,7 +79,7 @@ _HOMES = {
     "high_entropy_mask": "functional.masks",
     "importance_weights": "functional.corrections",
     "kl_cov_mask": "functional.corrections",
-    "kto_loss": "kernels.pairs.preference_loss",
+    "kto_loss": "kernels.pairs.kto_loss",
     "leave_one_out_advantage": "functional.advantages",
     "line_search": "functional.trust_region",
     "linear_categorical_kl": "kernels.head.kl",

@@ -23,6 +23,7 @@ from rlcore.trainers import (
     Callback,
     DPOConfig,
     GRPOConfig,
+    KTOConfig,
     PGConfig,
     PPOConfig,
     RewardModelConfig,
@@ -30,6 +31,7 @@ from rlcore.trainers import (
     TRPOConfig,
     train_dpo,
     train_grpo,
+    train_kto,
     train_pg,
     train_ppo,
     train_reward_model,
@@ -58,6 +60,7 @@ TRAINERS = {
     "ppo": (PPOConfig, train_ppo, ROWS, SAMPLING | {"value_backbone": "shared"}),
     "grpo": (GRPOConfig, train_grpo, ROWS, SAMPLING | {"beta": 0.1}),
     "dpo": (DPOConfig, train_dpo, PAIRS, {}),
+    "kto": (KTOConfig, train_kto, PAIRS, {}),
 }
 
 

@@ -165,8 +165,7 @@ def test_rloo_has_trls_defaults_below_yaml_and_flags(tmp_path):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("train kto", "`rlcore train kto` does not exist yet: use `train dpo`"),
-        ("kto", "`rlcore kto` does not exist yet"),
+        ("kto", "Did you mean 'train kto'?"),
         ("train orpo", "`rlcore train orpo` is `rlcore train dpo --loss-type orpo`"),
         ("train gkd", "does not exist yet"),
         ("train rlo", "Did you mean 'train rloo'?"),

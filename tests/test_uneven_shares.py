@@ -14,10 +14,12 @@ from rlcore.trainers.shared import writing
 RUNS = [
     *(f"{name}{n}" for n in HELD_OUT for name in ("sft", "dpo", "precomputed", "reward_model")),
     *(f"grpo{n}" for n in HELD_OUT),
-    *("online", "pg", "trpo", "ppo"),
+    *("kto3", "online", "pg", "trpo", "ppo"),
 ]
 # what a run of two does to the same rows as a run of one
-SAME_ROWS = [name for name in RUNS if name.startswith(("sft", "dpo", "precomputed", "reward"))]
+SAME_ROWS = [
+    name for name in RUNS if name.startswith(("sft", "dpo", "precomputed", "reward", "kto"))
+]
 
 
 @pytest.fixture(scope="module")

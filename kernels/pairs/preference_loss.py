@@ -23,7 +23,7 @@ from ..checks import (
     checks_types,
 )
 from ..formulas.pair_losses import F_DIVERGENCES, PREFERENCE_LOSSES, Pairs, Parameters
-from ..limits import FARTHEST, held, log_ratio, sigmoid, times
+from ..limits import FARTHEST, held, log_ratio, times
 
 
 class PreferenceLoss(NamedTuple):
@@ -150,7 +150,7 @@ def make_pairs(
     options: PreferenceOptions,
 ) -> Pairs:
     """What the formulas ask about, in at least float32."""
-    wide = _wide(chosen_logp)
+    wide = wide_dtype(chosen_logp)
     # a banned token's -inf becomes a number, with which every formula has a value
     logps = [x.to(wide).clamp(min=-FARTHEST) for x in (chosen_logp, rejected_logp)]
     ratios = logps
@@ -171,7 +171,7 @@ def make_pairs(
     )  # fmt: skip
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
     """float64 where x is that, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -249,7 +249,7 @@ def preference_loss(
     )  # fmt: skip
     items = max(len(chosen_logp), 1) if num_items is None else num_items
     loss = options.total(pairs, pair_weight, items)
-    logps = (x.detach().to(_wide(chosen_logp)) for x in (chosen_logp, rejected_logp))
+    logps = (x.detach().to(wide_dtype(chosen_logp)) for x in (chosen_logp, rejected_logp))
     return PreferenceLoss(loss, *options.rewards(pairs), *logps)
 
 
@@ -272,68 +272,3 @@ def _check_given(
             raise ValueError(f"loss_type {names} {verb} {name}")
         if name.endswith("_length") and tensor is None and options.uses_lengths:
             raise ValueError(f"loss_type {names} averages over tokens: it needs {name}")
-
-
-@checks_types
-def kto_loss(
-    logp: Tensor,
-    ref_logp: Tensor,
-    desirable: Tensor,
-    *,
-    kl: Tensor | float = 0.0,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    num_items: int | float | Tensor | None = None,
-) -> Tensor:
-    """KTO on answers that are good or bad by themselves (Ethayarajh et al. 2024, arXiv:2402.01306).
-
-    With r = logp - ref_logp: 1 - sigmoid(beta (r - kl)) for a desirable answer, 1 - sigmoid(beta
-    (kl - r)) for an undesirable one, weighted.
-
-    Args:
-        logp, ref_logp: (B,) summed log-probabilities; gradients flow to logp alone.
-        desirable: (B,) bool.
-        kl: the reference point, an estimate of KL(policy || reference) in nats, detached and not
-            below 0: the mean log-ratio of answers to other prompts.
-        beta, desirable_weight, undesirable_weight: positive.
-        num_items: replaces B in the denominator.
-
-    Returns:
-        A scalar, float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError: shapes that differ, desirable not bool, a parameter that is not positive.
-    """
-    numbers = {
-        "beta": beta,
-        "desirable_weight": desirable_weight,
-        "undesirable_weight": undesirable_weight,
-    }
-    check_positive(**numbers)
-    check_finite(**numbers)
-    check_denominators(num_items=num_items)
-    if logp.dim() != 1:
-        raise ValueError(f"logp must have shape (B,), one sum an answer, got {tuple(logp.shape)}")
-    for name, tensor in (("ref_logp", ref_logp), ("desirable", desirable)):
-        if tensor.shape != logp.shape:
-            raise ValueError(
-                f"{name} must have the shape of logp, {tuple(logp.shape)}, got "
-                f"{tuple(tensor.shape)}"
-            )
-    if desirable.dtype != torch.bool:
-        raise ValueError(f"desirable must be bool, got {desirable.dtype}")
-    logp = logp.to(_wide(logp))
-    if not isinstance(kl, Tensor):
-        check_numbers(kl=kl)
-        check_finite(kl=kl)
-    kl = torch.as_tensor(kl, dtype=logp.dtype, device=logp.device).detach().clamp(min=0)
-    if kl.dim() and kl.shape != logp.shape:
-        raise ValueError(
-            f"kl must be a number or have the shape of logp, {tuple(logp.shape)}, got "
-            f"{tuple(kl.shape)}"
-        )
-    gain = log_ratio(logp, ref_logp.detach().to(logp.dtype)) - kl
-    weight = torch.full_like(gain, undesirable_weight).masked_fill(desirable, desirable_weight)
-    loss = weight * sigmoid(-beta * torch.where(desirable, gain, -gain))
-    return loss.sum() / (max(len(logp), 1) if num_items is None else num_items)

@@ -65,6 +65,12 @@ COMMANDS = {
         "train_dpo",
         "prefer the better of two answers: rows of prompt, chosen, rejected",
     ),
+    "train kto": Command(
+        "rlcore.trainers.kto",
+        "KTOConfig",
+        "train_kto",
+        "learn from completions that are good or bad: rows of prompt, completion, label",
+    ),
     "eval": Command(
         "rlcore.commands.evaluate",
         "EvalConfig",
@@ -160,6 +166,5 @@ OTHER_NAMES = {
     "vllm-serve": "serve",
 }
 NOT_YET = {
-    "train kto": "use `train dpo` on pairs, or rl.kto_loss in a loop of your own",
     "train gkd": "there is no distillation",
 }

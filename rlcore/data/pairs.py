@@ -55,7 +55,7 @@ def load_pairs(
         path_or_name, PREFERENCE_COLUMNS, held_out=held_out, prompt_column=prompt_column
     )
     pairs, places, tally = Loaded(), [], Tally(rows)
-    for row, pair in enumerate(encoded(rows, lambda batch: _encoded_pairs(tokenizer, batch))):
+    for row, pair in enumerate(encoded(rows, lambda batch: encode_pairs(tokenizer, batch))):
         if finish is not None and pair is not None:
             pair = replace(pair, chosen=finish(pair.chosen), rejected=finish(pair.rejected))
         fitting, event = _fitting(pair, max_length, cut=finish is None)
@@ -78,7 +78,7 @@ def load_pairs(
     return pairs
 
 
-def _encoded_pairs(tokenizer: Any, rows: Sequence[dict]) -> list[Pair | None]:
+def encode_pairs(tokenizer: Any, rows: Sequence[dict]) -> list[Pair | None]:
     """Each row's pair, uncut; None where an answer or the prompt has no tokens."""
     answers = [_with_prompt(row) for row in rows]
     chosen, rejected = (

@@ -15,8 +15,11 @@ class Rule:
     metric: str
     beyond: Callable[[float], bool]
     sentence: str  # takes the value as {value}
+    not_beside: tuple[str, ...] = ()  # metrics of runs in which this one means something else
 
 
+# of runs on labelled completions, whose KL is a completion's, and which sample nothing
+_LABELLED = ("rewards/chosen", "rewards/rejected")
 RULES = (
     Rule(
         "frac_reward_zero_std",
@@ -40,11 +43,13 @@ RULES = (
         lambda nats: nats <= 0.01,
         "the policy's entropy is {value:.4f}, so its samples hardly differ: raise entropy_coef or "
         "temperature, or lower learning_rate",
+        _LABELLED,
     ),
     Rule(
         "kl",
         lambda nats: nats >= 1.0,
         "the KL to the reference is {value:.2f} a token: raise beta or lower learning_rate",
+        _LABELLED,
     ),
     Rule(
         "kl/bounded",
@@ -76,7 +81,7 @@ class Warnings:
 
     def follow(self, metrics: Mapping[str, float]) -> None:
         for rule in RULES:
-            if rule.metric in metrics:
+            if rule.metric in metrics and not any(name in metrics for name in rule.not_beside):
                 value = metrics[rule.metric]
                 held = self._held[rule.metric] + 1 if rule.beyond(value) else 0
                 self._held[rule.metric], self._values[rule.metric] = held, value

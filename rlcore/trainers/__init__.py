@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlcore.trainers.dpo import DPOConfig, train_dpo
     from rlcore.trainers.grpo import GRPOConfig, train_grpo
+    from rlcore.trainers.kto import KTOConfig, train_kto
     from rlcore.trainers.pg import PGConfig, RLOOConfig, train_pg
     from rlcore.trainers.ppo import PPOConfig, train_ppo
     from rlcore.trainers.reward_model import RewardModelConfig, train_reward_model
@@ -27,6 +28,7 @@ _TRAINERS = {
     "ppo": ("PPOConfig", "train_ppo"),
     "grpo": ("GRPOConfig", "train_grpo"),
     "dpo": ("DPOConfig", "train_dpo"),
+    "kto": ("KTOConfig", "train_kto"),
 }
 _MODULES = {name: module for module, names in _TRAINERS.items() for name in names}
 _MODULES["Callback"] = "shared.given"
@@ -36,6 +38,7 @@ __all__ = [
     "Callback",
     "DPOConfig",
     "GRPOConfig",
+    "KTOConfig",
     "PGConfig",
     "PPOConfig",
     "RLOOConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "TRPOConfig",
     "train_dpo",
     "train_grpo",
+    "train_kto",
     "train_pg",
     "train_ppo",
     "train_reward_model",

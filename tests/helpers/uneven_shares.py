@@ -23,6 +23,7 @@ from rlcore.runs import checkpoint
 from rlcore.trainers import (
     DPOConfig,
     GRPOConfig,
+    KTOConfig,
     PGConfig,
     PPOConfig,
     RewardModelConfig,
@@ -30,6 +31,7 @@ from rlcore.trainers import (
     TRPOConfig,
     train_dpo,
     train_grpo,
+    train_kto,
     train_pg,
     train_ppo,
     train_reward_model,
@@ -57,7 +59,13 @@ def sevens(prompts: list, completions: list, **_: Any) -> list[float]:
 def write_data(directory: Path) -> None:
     save_tiny(directory / "model", initializer_range=0.05)
     rows = [
-        {"prompt": prompt, "completion": f" {n}7", "chosen": f" {n}7", "rejected": f" {n}"}
+        {
+            "prompt": prompt,
+            "completion": f" {n}7",
+            "label": n % 2 == 0,
+            "chosen": f" {n}7",
+            "rejected": f" {n}",
+        }
         for n, prompt in enumerate(PROMPTS)
     ]
     for count in (*HELD_OUT, len(rows)):
@@ -118,6 +126,8 @@ def every_run(directory: Path, processes: int) -> dict[str, dict[str, Any]]:
             ("grpo", train_grpo, GRPOConfig, SAMPLING | two),
         ):
             train(f"{name}{held_out}", trainer, config(**options(name, held_out, **changes)))
+    # it compares with completions of other prompts, which one pair does not have
+    train("kto3", train_kto, KTOConfig(**options("kto", 3)))
     train("online", train_dpo, DPOConfig(**options("online", 1, **online)))
     train("pg", train_pg, PGConfig(**options("pg", 1, **SAMPLING, **two)))
     trpo = options("trpo", 1, **SAMPLING, **two)

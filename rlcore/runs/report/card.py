@@ -22,6 +22,7 @@ METHODS = {
     "PPOConfig": ("proximal policy optimization", "https://arxiv.org/abs/1707.06347"),
     "GRPOConfig": ("group relative policy optimization", "https://arxiv.org/abs/2402.03300"),
     "DPOConfig": ("direct preference optimization", "https://arxiv.org/abs/2305.18290"),
+    "KTOConfig": ("Kahneman-Tversky optimization", "https://arxiv.org/abs/2402.01306"),
     "RewardModelConfig": ("reward modelling on preference pairs", ""),
 }
 
