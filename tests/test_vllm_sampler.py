@@ -133,7 +133,7 @@ def test_cut_connections_and_busy_servers_are_asked_again(server):
     sampler.sync(sampler.policy, 0)
     options = SamplingOptions(max_new_tokens=4)
     before = sampler.sample(PROMPTS, options, seed=2)
-    server.faults += [0, 503, 0, 429]
+    server.faults += [0, 503, 500, 429]
     after = sampler.sample(PROMPTS, options, seed=2)
     assert not server.faults
     assert torch.equal(before.input_ids, after.input_ids)

@@ -171,6 +171,18 @@ def test_log_probabilities_are_of_the_distribution_that_was_drawn_from(server, m
     torch.testing.assert_close(far.sampling_logp, expected, rtol=0, atol=1e-4)
 
 
+def test_more_prompts_than_a_pass_of_the_server_takes_are_sampled_the_same_each_time(server, model):
+    tokenizer, policy = load_tokenizer(str(model)), policy_like(model, seed=3)
+    sampler = VLLMSampler([server.url], policy, tokenizer, timeout=60.0)
+    sampler.sync(policy, 0)
+    prompts = [f"{number} + {PROMPTS[0]}" for number in range(64)]
+    options = SamplingOptions(num_generations=8, max_new_tokens=4)
+    first, again = (sampler.sample(prompts, options, seed=5) for _ in range(2))
+    sampler.close()
+    assert first.attention_mask.sum() > 4096
+    assert torch.equal(first.input_ids, again.input_ids)
+
+
 def test_grpo_learns_as_it_does_with_the_local_sampler(server, model, tmp_path):
     last: dict[str, list[float]] = {"local": [], "vllm": []}
     for seed in range(3):
@@ -230,7 +242,7 @@ def test_a_stale_head_ends_the_run_and_a_head_by_its_own_name_is_not_stale(
     """Plain vLLM on a model with a tied head takes new tied weights, and keeps its old head."""
     server.stop()
     words = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--dtype", "float32"]
-    words += [*serve.FLAGS, "--enforce-eager", "--max-model-len", "128"]
+    words += [*serve.FLAGS, *serve.CPU_FLAGS, "--enforce-eager", "--max-model-len", "128"]
     tied = Served(model, tmp_path, words)
     try:
         train_grpo(config_of(tmp_path, model, **there(tied)), reward_funcs=[digits])

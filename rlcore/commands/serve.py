@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
+
 from rlcore.errors import UserError, unknown_name
 from rlcore.models.adapters import is_adapter
 from rlcore.models.loading import load_policy, load_tokenizer
@@ -32,6 +34,8 @@ FLAGS = (
     # the route that takes and gives token ids
     "--enable-scale-out",
 )
+# on a CPU vLLM 0.32 ends where the prompt of a request with a seed is cut into chunks
+CPU_FLAGS = ("--no-enable-chunked-prefill",)
 # the routes that take new weights
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 
@@ -68,6 +72,8 @@ def serve(config: ServeConfig) -> int:
     with _served(config) as directory:
         words = [program, "serve", directory, "--host", config.host, "--port", str(config.port)]
         words += ["--dtype", config.dtype, *FLAGS]
+        if not torch.cuda.is_available():
+            words += CPU_FLAGS
         if config.max_model_len is not None:
             words += ["--max-model-len", str(config.max_model_len)]
         if config.trust_remote_code:

@@ -7,7 +7,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ from rlcore.errors import UserError, reason_of
 
 FIRST_WAIT = 0.25  # seconds until a request is sent again; twice as long each time
 LONGEST_WAIT = 8.0
-# a proxy's, or a server's that starts or has too much to do
-PASSING = (429, 502, 503, 504)
+# a proxy's, or a server's that starts, has too much to do, or is about to be started again
+PASSING = (429, 500, 502, 503, 504)
 
 
 class ServerGone(UserError):
@@ -36,27 +36,27 @@ class Server:
 
     def get(self, route: str) -> Any:
         """The JSON at `route`; errors as of `post`."""
-        return self._asked(route, None)
+        return self._asked(route, None, PASSING)
 
-    def post(self, route: str, body: dict[str, Any]) -> Any:
+    def post(self, route: str, body: dict[str, Any], passing: Collection[int] = PASSING) -> Any:
         """What the server answers to `body`, from JSON; None where it answers nothing.
 
-        A connection that fails, and a server that says it is busy or starting, are tried again,
-        for `timeout` seconds in all.
+        A connection that fails, and an answer with a status of `passing`, are tried again, for
+        `timeout` seconds in all.
 
         Raises:
             ServerGone: no answer in that time. UserError: the server refuses the request.
         """
-        return self._asked(route, json.dumps(body).encode())
+        return self._asked(route, json.dumps(body).encode(), passing)
 
-    def _asked(self, route: str, body: bytes | None) -> Any:
+    def _asked(self, route: str, body: bytes | None, passing: Collection[int]) -> Any:
         wait, until = FIRST_WAIT, time.monotonic() + self.timeout
         while True:
             try:
                 return self._once(route, body, max(until - time.monotonic(), FIRST_WAIT))
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {_said(error)}"
-                if error.code not in PASSING:
+                if error.code not in passing:
                     raise UserError(f"{self.url}{route} answers {reason}") from error
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = reason_of(getattr(error, "reason", None) or error)

@@ -26,7 +26,7 @@ from rlcore.errors import UserError
 from rlcore.sampling.rollout import Rollout, as_rollout
 from rlcore.sampling.sampler import SamplingOptions
 from rlcore.sampling.served_weights import write_served
-from rlcore.sampling.server import Server
+from rlcore.sampling.server import PASSING, Server
 
 MODELS, VERSION = "/v1/models", "/weight_info"
 GENERATE, RPC = "/inference/v1/generate", "/collective_rpc"
@@ -152,7 +152,9 @@ class VLLMSampler:
         server.post(NEW_VERSION, {"new_version": "loading"})
         kwargs = {"weights_path": str(self._weights(self.step).absolute())}
         try:
-            server.post(RPC, {"method": "reload_weights", "kwargs": kwargs})
+            # 500 is what weights of another shape are answered with
+            busy = set(PASSING) - {500}
+            server.post(RPC, {"method": "reload_weights", "kwargs": kwargs}, busy)
         except UserError as error:
             raise UserError(
                 f"the server at {server.url} could not load the policy's weights ({error}): does "
