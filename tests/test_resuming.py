@@ -76,6 +76,8 @@ def test_every_option_of_every_trainer_is_compared_or_may_change():
         *("report_to", "gradient_checkpointing", "keep_best", "early_stopping_patience"),
         *("log_completions", "completions_format", "push_to_hub", "run_name"),
         *("per_device_eval_batch_size", "eval_num_generations"),
+        *("sampler_url", "sampler_timeout", "sampler_requests", "sampler_weights_dir"),
+        "sampler_tolerance",
     }
     from rlcore.runs import resuming
 

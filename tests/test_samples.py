@@ -68,6 +68,7 @@ BEYOND = {
     "completions/unjudged": (2.0, 0.0),
     "entropy": (0.001, 0.5),
     "kl": (3.0, 0.01),
+    "kl/bounded": (0.1, 0.0),
     "clip_ratio/region_mean": (0.8, 0.1),
     "value/explained_variance": (-0.5, 0.6),
 }
