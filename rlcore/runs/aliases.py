@@ -95,6 +95,8 @@ ANSWERS = {
     "ref_model_sync_steps": _REFERENCE,
     "sync_ref_model": _REFERENCE,
     "shuffle_dataset": "rows are drawn in an order of --seed, always",
+    "use_bias_correction_kl": "say --kl-estimator k3_ratio",
+    "repetition_penalty": "sampling has none; the reward of that name counts repeated n-grams",
     "use_cache": "sampling has a cache, and training needs none",
     "use_cpu": "`accelerate launch --cpu` does",
 }
