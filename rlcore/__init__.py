@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .kernels.head.tokens import linear_policy_loss, linear_token_logprob, plan_linear
     from .kernels.pairs.kto_loss import kto_loss
     from .kernels.pairs.preference_loss import PreferenceLoss, preference_loss
+    from .kernels.rows.categorical_divergence import categorical_divergence
     from .kernels.rows.categorical_kl import categorical_kl
     from .kernels.rows.fisher import fisher_vector_product
     from .kernels.rows.policy_loss import PolicyLoss, policy_loss
@@ -65,6 +66,7 @@ _HOMES = {
     "PolicyLoss": "kernels.rows.policy_loss",
     "PreferenceLoss": "kernels.pairs.preference_loss",
     "TokenLogprob": "kernels.rows.token_logprob",
+    "categorical_divergence": "kernels.rows.categorical_divergence",
     "categorical_kl": "kernels.rows.categorical_kl",
     "clip_cov_weight": "functional.corrections",
     "conjugate_gradient": "functional.trust_region",

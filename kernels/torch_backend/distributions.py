@@ -17,7 +17,7 @@ from ..blocks import Matrix, rows_per_block, select_rows, without_autocast
 def categorical_kl_forward(p_logits, q_logits, mask, temperature, dtype) -> Tensor:
     """KL(p || q), zeros where the mask is false."""
     kl = torch.zeros(p_logits.shape[:-1], dtype=dtype, device=p_logits.device)
-    p_matrix, q_matrix, pair = Matrix(p_logits), Matrix(q_logits), _Pair(p_logits, dtype)
+    p_matrix, q_matrix, pair = Matrix(p_logits), Matrix(q_logits), Pair(p_logits, dtype)
     for rows in select_rows(mask, kl.numel(), pair.size):
         p, _, difference = pair.read(p_matrix.read(rows), q_matrix.read(rows), temperature)
         kl.view(-1)[rows] = _expected_difference(p, difference)
@@ -38,7 +38,7 @@ def categorical_kl_backward(p_logits, q_logits, dp, dq, mask, kl, dkl, temperatu
     at_p = torch.where(kl == torch.inf, 0.0, dkl / temperature)[:, None]
     kl = torch.where(kl == torch.inf, 0.0, kl)[:, None]
     at_q = (dkl / temperature)[:, None]
-    pair = _Pair(p_logits, kl.dtype)
+    pair = Pair(p_logits, kl.dtype)
     for rows in select_rows(flows, kl.numel(), pair.size):
         p, q, difference = pair.read(p_matrix.read(rows), q_matrix.read(rows), temperature)
         if q_sink is not None:
@@ -64,7 +64,7 @@ def fisher_vector_product(logits, tangent, product, temperature, dtype) -> None:
         sink.write(rows, v)
 
 
-class _Pair:
+class Pair:
     """Working memory for a block of rows of two distributions."""
 
     def __init__(self, logits: Tensor, dtype: torch.dtype):
