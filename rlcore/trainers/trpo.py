@@ -98,9 +98,8 @@ def train_trpo(
         if critic is not None:
             critic.prepare(run)
 
-    run = start_run(
-        config, accelerator, model, tokenizer, steps, prepare, data=rows, notes=data.notes
-    )
+    how = {"data": rows, "notes": data.notes}
+    run = start_run(config, accelerator, model, tokenizer, steps, prepare, **how)
     run.sampler = make_sampler(run)
     policy = _policy(run)
     with tracking(run, given, "TRPO", DISPLAYED) as tracker:
@@ -190,8 +189,7 @@ def _experience(run: Run, critic: Critic | None, sampled: Sampled) -> Experience
 def _with_advantage(experience: Experience, advantage: torch.Tensor) -> Experience:
     """Importance weights go into the advantages, in which gradient and line search are linear."""
     if experience.importance_ratio is not None:
-        advantage = advantage if advantage.dim() == 2 else advantage[:, None]
-        advantage = advantage * experience.importance_ratio
+        advantage = advantage.view(len(experience), -1) * experience.importance_ratio
     return dataclasses.replace(experience, advantage=advantage)
 
 
