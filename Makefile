@@ -43,6 +43,11 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# The site, in build/site; nothing is fetched once the environment is there.
+docs: $(VENV)/.installed-docs
+	$(RUN) docs/gather.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+
 bench: $(VENV)/.installed-bench
 	OMP_NUM_THREADS=1 $(RUN) -m rlcore bench $(FLAGS)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest benchmarks
@@ -64,6 +69,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) -e '.[bench]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.installed-integrations: $(VENV)/.installed

@@ -1,0 +1,50 @@
+"""The pages that users read: links lead somewhere, and pages made from the code are whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import yaml
+
+import rlcore
+from rlcore.commands.table import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+_spec = importlib.util.spec_from_file_location("gather", ROOT / "docs" / "gather.py")
+pages = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(pages)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site both make them."""
+    headings = re.findall(r"^#+ (.+)$", pages.FENCE.sub("", page.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    checked, broken = 0, []
+    for page in pages.sources():
+        for path, anchor in pages.links(page):
+            target, checked = (page.parent / path).resolve(), checked + 1
+            if not target.is_file() or (anchor and anchor[1:] not in anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {path}{anchor}")
+    assert checked > 30
+    assert broken == []
+
+
+def test_the_site_has_every_page_in_its_navigation(tmp_path):
+    pages.gather(tmp_path)
+    text = (ROOT / "mkdocs.yml").read_text("utf-8")
+    named = set(re.findall(r"[\w/]+\.md", text.partition("\nnav:")[2]))
+    assert named == {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.md")}
+    assert yaml.safe_load(text)["strict"]
+
+
+def test_options_and_functions_are_those_of_the_code():
+    trainers, functions = pages.trainers(), pages.functions()
+    assert all(f"## rlcore {name}\n" in trainers for name in COMMANDS if name.startswith("train "))
+    assert "`num_generations`" in trainers
+    assert all(f".{name}\n" in functions for name in rlcore._HOMES)
+    assert "1707.06347" in pages.papers()
