@@ -23,7 +23,8 @@ DEFINITION = re.compile(r"^(?:class|def) (\w+)|^([A-Z][A-Z_]+)\b[^=]* = ")
 
 def sources() -> list[Path]:
     """The Markdown files that users read."""
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
+    folders = ("", "docs/", "benchmarks/", "recipes/")
+    return sorted(path for folder in folders for path in ROOT.glob(f"{folder}*.md"))
 
 
 def links(page: Path) -> list[tuple[str, str]]:
