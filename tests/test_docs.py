@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -48,3 +49,18 @@ def test_options_and_functions_are_those_of_the_code():
     assert "`num_generations`" in trainers
     assert all(f".{name}\n" in functions for name in rlcore._HOMES)
     assert "1707.06347" in pages.papers()
+
+
+def test_the_first_loss_of_the_first_steps_runs():
+    section = (ROOT / "docs" / "start.md").read_text("utf-8").partition("## A first loss\n")[2]
+    code = re.findall(r"^(?: {4}.*\n|\n)+", section, re.MULTILINE)[0]
+    names: dict = {}
+    exec(textwrap.dedent(code), names)
+    assert names["logits"].grad[names["mask"]].abs().sum() > 0
+    assert (names["logits"].grad[~names["mask"]] == 0).all()
+
+
+def test_the_recipes_page_names_every_recipe():
+    text = (ROOT / "recipes" / "README.md").read_text("utf-8")
+    files = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
+    assert set(re.findall(r"--config recipes/([\w.]+)", text)) == files
