@@ -1,6 +1,7 @@
 """The formulas as their definitions read, in 60 digits and without an end of the range (mpmath).
 
-Nothing here comes from kernels/, and nothing is rearranged: an exp may reach e^20000.
+Nothing here comes from kernels/, and nothing is rearranged but one product of an exp beyond any
+range: an exp may reach e^20000, and `exp` is for arguments that are themselves such numbers.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def log_sigmoid(x):
     if abs(x) > FAR:
         return min(x, mp.zero)
     return -mp.log1p(mp.exp(-x))
+
+
+def exp(x):
+    """e^x where x may be e^20000 itself: the digits of such a power have no end."""
+    return mp.zero if x < -FAR else mp.exp(min(x, FAR))
 
 
 def _ratio(x, A) -> Token:
@@ -222,7 +228,7 @@ def _mean_margin(pair, p):
 def _exo(pair, p):
     logits, s = p["beta"] * _margin(pair, p), mp.mpf(p["label_smoothing"] or 1e-3)
     win, lose = log_sigmoid(logits), log_sigmoid(-logits)
-    return mp.exp(win) * (win - mp.log(1 - s)) + mp.exp(lose) * (lose - mp.log(s))
+    return exp(win) * (win - mp.log(1 - s)) + exp(lose) * (lose - mp.log(s))
 
 
 def _robust(pair, p):
@@ -265,9 +271,8 @@ def _apo_down(pair, p):
 def _discopop(pair, p):
     logits = p["beta"] * _margin(pair, p)
     u = logits / mp.mpf(p["discopop_tau"])
-    # e^u stands for a sigmoid of u so far out that the sum 1 + e^u has no digits for it
-    mixture = mp.exp(u) if u < -FAR else sigmoid(u)
-    return sigmoid(-u) * -log_sigmoid(logits) + mixture * mp.exp(-logits)
+    # sigmoid(u) exp(-logits) as one exp: the one may be as small as the other is large
+    return sigmoid(-u) * -log_sigmoid(logits) + exp(log_sigmoid(u) - logits)
 
 
 def _simpo(pair, p):
