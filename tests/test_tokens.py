@@ -75,8 +75,9 @@ def sampled(monkeypatch, tokenizer, prompt, *scripts):
     steps = max(map(len, scripts))
     columns = torch.tensor([[*s, *[3] * (steps - len(s))] for s in scripts]).T
     fit = torch.zeros(len(scripts), dtype=torch.bool)
-    script = iter([(column, fit) for column in columns])
-    monkeypatch.setattr(rollout, "_likeliest", lambda logits: next(script))
+    logp = torch.zeros(len(scripts))
+    script = iter([(column, logp, fit) for column in columns])
+    monkeypatch.setattr(rollout, "likeliest", lambda logits: next(script))
     return generate(
         model,
         tokenizer,
