@@ -13,11 +13,12 @@ import pytest
 import yaml
 from helpers.tiny import save_tiny
 
+from rlcore import trainers
 from rlcore.cli import main
 from rlcore.errors import UserError
 from rlcore.runs.reading import read_run
 from rlcore.runs.report import page as page_module
-from rlcore.runs.report.card import card, write_card
+from rlcore.runs.report.card import METHODS, card, write_card
 from rlcore.runs.report.page import write_page
 from rlcore.runs.run_record import is_sealed
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
@@ -97,6 +98,10 @@ def test_the_card_has_the_hubs_header_and_the_evaluations(home):
     (line,) = [line for line in text.splitlines() if line.startswith("| reward |")]
     assert line.endswith(f"| {run.best('eval/reward')[0]} |")
     assert "`test_write_up:length`" in text and "5 rows" in text and "Qwen2ForCausalLM" in text
+
+
+def test_a_card_knows_every_trainers_method():
+    assert METHODS.keys() == {name for name in trainers.__all__ if name.endswith("Config")}
 
 
 def test_a_card_is_ours_until_somebody_changes_it(home, tmp_path):

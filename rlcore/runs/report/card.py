@@ -18,6 +18,7 @@ from rlcore.runs.run_record import is_sealed, sealed
 METHODS = {
     "SFTConfig": ("supervised fine-tuning", ""),
     "PGConfig": ("policy gradient", "https://link.springer.com/article/10.1007/BF00992696"),
+    "RLOOConfig": ("REINFORCE leave-one-out", "https://arxiv.org/abs/2402.14740"),
     "TRPOConfig": ("trust region policy optimization", "https://arxiv.org/abs/1502.05477"),
     "PPOConfig": ("proximal policy optimization", "https://arxiv.org/abs/1707.06347"),
     "GRPOConfig": ("group relative policy optimization", "https://arxiv.org/abs/2402.03300"),
