@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .functional.trust_region import CGResult, LineSearch, conjugate_gradient, line_search
     from .kernels.backend import use_backend
     from .kernels.formulas.registration import register_surrogate
+    from .kernels.head.divergence import linear_categorical_divergence
     from .kernels.head.kl import linear_categorical_kl
     from .kernels.head.pairs import linear_preference_loss
     from .kernels.head.plan import LinearPlan
@@ -84,6 +85,7 @@ _HOMES = {
     "kto_loss": "kernels.pairs.kto_loss",
     "leave_one_out_advantage": "functional.advantages",
     "line_search": "functional.trust_region",
+    "linear_categorical_divergence": "kernels.head.divergence",
     "linear_categorical_kl": "kernels.head.kl",
     "linear_policy_loss": "kernels.head.tokens",
     "linear_preference_loss": "kernels.head.pairs",

@@ -58,6 +58,10 @@ GOOD = {
         "logits": x(N, V), "other_logits": x(N, V), "mask": true(N), "temperature": 1.0,
         "kind": "jsd", "jsd_beta": 0.5,
     },
+    "linear_categorical_divergence": {
+        "hidden": x(N, H), "weight": x(V, H), "other_hidden": x(N, H), "other_weight": x(V, H),
+        "bias": x(V), "mask": true(N), "temperature": 1.0, "kind": "jsd", "jsd_beta": 0.5,
+    },
     "linear_categorical_kl": {
         "p_hidden": x(N, H), "p_weight": x(V, H), "q_hidden": x(N, H), "q_weight": x(V, H),
         "p_bias": x(V), "mask": true(N), "temperature": 1.0,

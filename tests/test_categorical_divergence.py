@@ -7,6 +7,7 @@ import torch
 from helpers import DEVICE
 from helpers.cases import LAYOUTS, flat
 from helpers.checks import assert_masked_rows_get_zero, leaf
+from helpers.distributions import categorical_divergence
 from helpers.mutants import TESTS, function, load_kernels, read_mutants, unload
 from torch import Tensor
 
@@ -22,23 +23,6 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def divergence(logits, other_logits, *, kind, jsd_beta=0.5, temperature=1.0, mask=None) -> Tensor:
-    """As the definitions read, in the logits' dtype, by autograd; 0 log 0 = 0."""
-    if mask is not None:
-        logits, other_logits = (
-            torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x)) for x in (logits, other_logits)
-        )
-    p, q = (torch.softmax(x / temperature, -1) for x in (logits, other_logits))
-    mixture = jsd_beta * q + (1 - jsd_beta) * p
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (torch.special.xlogy(a, a) - torch.special.xlogy(a, b)).sum(-1)
-
-    if kind == "jsd":
-        return jsd_beta * kl(q, mixture) + (1 - jsd_beta) * kl(p, mixture)
-    return kl(q, p) if kind == "forward_kl" else kl(p, q)
-
-
 def check(op, logits, other, *, backend="torch", tolerance=2e-6, **options) -> None:
     """Value and both gradients against the definition in float64."""
     leaves = leaf(logits.to(DEVICE)), leaf(other.to(DEVICE))
@@ -46,7 +30,10 @@ def check(op, logits, other, *, backend="torch", tolerance=2e-6, **options) -> N
     upstream = torch.randn(logits.shape[:-1], dtype=torch.float64)
     mask = options.get("mask")
     given = options | ({} if mask is None else {"mask": mask.to(DEVICE)})
-    actual, expected = op(*leaves, backend=backend, **given), divergence(*wide, **options)
+    actual, expected = (
+        op(*leaves, backend=backend, **given),
+        categorical_divergence(*wide, **options),
+    )
     close = {"rtol": 1e-4, "atol": tolerance, "check_dtype": False}
     torch.testing.assert_close(actual.cpu(), expected, **close)
     assert not (actual < 0).any()
@@ -75,7 +62,7 @@ def check_banned(op, a: Tensor, b: Tensor) -> None:
     """Columns that one side bans, or both: finite, and the definition's."""
     leaves = leaf(a), leaf(b)
     jsd = op(*leaves, kind="jsd", jsd_beta=0.3)
-    expected = divergence(a.double(), b.double(), kind="jsd", jsd_beta=0.3)
+    expected = categorical_divergence(a.double(), b.double(), kind="jsd", jsd_beta=0.3)
     torch.testing.assert_close(jsd, expected.float(), rtol=1e-5, atol=1e-6)
     for z, dz in zip(leaves, torch.autograd.grad(jsd.sum(), leaves), strict=True):
         assert dz.isfinite().all() and not dz[z == -INF].any() and dz.any()

@@ -278,10 +278,11 @@ def test_the_operators_serve_torch_compile():
 
 
 @pytest.mark.parametrize("needs", [BOTH, P_ALONE])
-def test_opcheck_accepts_the_operators(needs, backend):
+@pytest.mark.parametrize("jsd_beta", [None, 0.3])
+def test_opcheck_accepts_the_operators(needs, jsd_beta, backend):
     pair = make_pair((6,), dtypes=(torch.float32,) * 2)
     tensors = [t.nan_to_num() for t in pair.tensors]
-    options = (0.8, None, 0.7, 2.0, 1.0, 600, list(needs), backend)
+    options = (0.8, None, 0.7, 2.0, 1.0, 600, jsd_beta, list(needs), backend)
     leaves = [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     torch.library.opcheck(
         torch.ops.rlcore.linear_categorical_kl.default, (*leaves, pair.mask, *options)

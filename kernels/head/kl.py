@@ -32,10 +32,10 @@ class _LinearCategoricalKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, runs = arguments
-        statistics, saved = kl_pass(*tensors, runs)
+        *tensors, runs, jsd_beta = arguments
+        statistics, saved = kl_pass(*tensors, runs, jsd_beta)
         ctx.save_for_backward(*tensors, *statistics, *saved)
-        ctx.runs = runs
+        ctx.runs, ctx.jsd_beta = runs, jsd_beta
         return statistics[0]
 
     @staticmethod
@@ -46,8 +46,8 @@ class _LinearCategoricalKL(torch.autograd.Function):
         if ctx.runs[0].plan.strategy == "unit-gradient":
             gradients = scale_unit_gradients(saved, tensors[6], dkl)
         else:
-            gradients = kl_backward(*tensors, statistics, saved, dkl, ctx.runs)
-        return *gradients, None, None
+            gradients = kl_backward(*tensors, statistics, saved, dkl, ctx.runs, ctx.jsd_beta)
+        return *gradients, None, None, None
 
 
 def _make_runs(
@@ -67,7 +67,7 @@ def _make_runs(
 
 def _op_runs(p_hidden, p_weight, q_hidden, q_weight, options: tuple) -> tuple[Run, Run]:
     """An operator's way through its tokens: it keeps nothing but what it returns."""
-    temperature, p_softcap, p_scale, q_softcap, q_scale, chunk_bytes, needs, backend = options
+    temperature, p_softcap, p_scale, q_softcap, q_scale, chunk_bytes, _, needs, backend = options
     heads = [Head(temperature, p_softcap, p_scale), Head(temperature, q_softcap, q_scale)]
     matrices = [(p_hidden, p_weight), (q_hidden, q_weight)]
     return _make_runs(
@@ -90,22 +90,27 @@ def linear_categorical_kl_op(
     q_softcap: float | None,
     q_logit_scale: float,
     chunk_bytes: int | None,
+    jsd_beta: float | None,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(KL, max a, log P, max b, log Q); the last four are empty from the torch backend."""
+    """(KL, max a, log P, max b, log Q), the last four empty from the torch backend.
+
+    With a jsd_beta the Jensen-Shannon divergence, and nothing else.
+    """
     options = (temperature, p_softcap, p_logit_scale, q_softcap, q_logit_scale)
-    options += (chunk_bytes, needs, backend)
+    options += (chunk_bytes, jsd_beta, needs, backend)
     runs = _op_runs(p_hidden, p_weight, q_hidden, q_weight, options)
     tensors = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask)
-    (kl, *rest), _ = kl_pass(*tensors, runs)
+    (kl, *rest), _ = kl_pass(*tensors, runs, jsd_beta)
     return kl, *(kl.new_empty(0) if part is None else part for part in rest)
 
 
 @linear_categorical_kl_op.register_fake
 def _(p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask, *options):
     dtype = accumulator_dtype(p_hidden, q_hidden)
-    shapes = [mask.shape] + [mask.shape if options[-1] == "triton" else (0,)] * 4
+    by_rows = options[-1] == "triton" and options[-3] is None
+    shapes = [mask.shape] + [mask.shape if by_rows else (0,)] * 4
     return tuple(torch.empty(shape, dtype=dtype, device=mask.device) for shape in shapes)
 
 
@@ -126,16 +131,17 @@ def linear_categorical_kl_backward_op(
     q_softcap: float | None,
     q_logit_scale: float,
     chunk_bytes: int | None,
+    jsd_beta: float | None,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of p's hidden, weight and bias, then of q's; empty where unneeded."""
     options = (temperature, p_softcap, p_logit_scale, q_softcap, q_logit_scale)
-    options += (chunk_bytes, needs, backend)
+    options += (chunk_bytes, jsd_beta, needs, backend)
     runs = _op_runs(p_hidden, p_weight, q_hidden, q_weight, options)
     tensors = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask)
     statistics = [s if s.numel() == mask.numel() else None for s in statistics]
-    gradients = kl_backward(*tensors, statistics, (None, None), dkl, runs)
+    gradients = kl_backward(*tensors, statistics, (None, None), dkl, runs, jsd_beta)
     return tuple(dkl.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -163,7 +169,7 @@ def _op_backward(ctx, dkl, *_):
         *ctx.saved_tensors[:7], ctx.saved_tensors[7:], dkl, *ctx.options
     )
     given = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return *given, *(None,) * 9
+    return *given, *(None,) * 10
 
 
 linear_categorical_kl_op.register_autograd(_op_backward, setup_context=_setup_context)
@@ -222,23 +228,44 @@ def linear_categorical_kl(
         ValueError: a wrong or different shape, a wrong dtype, device or range; a layer in the
             place of its weight.
     """
-    check_logits("p_hidden", p_hidden, "H")
-    check_logits("q_hidden", q_hidden, "H")
+    p = ("p_", p_hidden, p_weight, p_bias, p_softcap, p_logit_scale)
+    q = ("q_", q_hidden, q_weight, q_bias, q_softcap, q_logit_scale)
+    return divergence_of_heads(p, q, temperature, mask, chunk_bytes, backend)
+
+
+def divergence_of_heads(
+    p: tuple,
+    q: tuple,
+    temperature: float,
+    mask: Tensor | None,
+    chunk_bytes: int | None,
+    backend: str | None,
+    jsd_beta: float | None = None,
+) -> Tensor:
+    """KL(p || q), or with a jsd_beta the Jensen-Shannon divergence, of two heads, which it checks.
+
+    Args:
+        p, q: what the names of a side's arguments begin with, its hidden, weight, bias, softcap
+            and logit_scale.
+    """
+    (p_name, p_hidden), (q_name, q_hidden) = p[:2], q[:2]
+    check_logits(f"{p_name}hidden", p_hidden, "H")
+    check_logits(f"{q_name}hidden", q_hidden, "H")
     shape = p_hidden.shape[:-1]
     if q_hidden.shape[:-1] != shape or q_hidden.device != p_hidden.device:
         raise ValueError(
-            f"q_hidden must have the leading shape and the device of p_hidden, {tuple(shape)} on "
-            f"'{p_hidden.device}', got {tuple(q_hidden.shape[:-1])} on '{q_hidden.device}'"
+            f"{q_name}hidden must have the leading shape and the device of {p_name}hidden, "
+            f"{tuple(shape)} on '{p_hidden.device}', got {tuple(q_hidden.shape[:-1])} on "
+            f"'{q_hidden.device}'"
         )
-    mask = check_mask(mask, p_hidden, "p_hidden")
+    mask = check_mask(mask, p_hidden, f"{p_name}hidden")
     check_positive(temperature=temperature)
     check_finite(temperature=temperature)
     backend = resolve_backend(backend, p_hidden)
-    *p, p_head = _prepare("p", p_hidden, p_weight, p_bias, p_softcap, p_logit_scale, temperature)
-    *q, q_head = _prepare("q", q_hidden, q_weight, q_bias, q_softcap, q_logit_scale, temperature)
+    (*p, p_head), (*q, q_head) = _prepare(*p, temperature), _prepare(*q, temperature)
     if len(p[1]) != len(q[1]):
         raise ValueError(
-            "p_weight and q_weight must have the same vocabulary as rows, got "
+            f"{p_name}weight and {q_name}weight must have the same vocabulary as rows, got "
             f"{tuple(p[1].shape)} and {tuple(q[1].shape)}"
         )
     if mask is None:
@@ -248,18 +275,18 @@ def linear_categorical_kl(
     if not _is_plain(*tensors):
         kl = linear_categorical_kl_op(
             *tensors, p_head.temperature, p_head.softcap, p_head.logit_scale, q_head.softcap,
-            q_head.logit_scale, chunk_bytes, [*needs[0], *needs[1]], backend,
+            q_head.logit_scale, chunk_bytes, jsd_beta, [*needs[0], *needs[1]], backend,
         )[0]  # fmt: skip
         return kl.view(shape)
     runs = _make_runs([p[:2], q[:2]], [p_head, q_head], needs, chunk_bytes, backend, True)
-    return _LinearCategoricalKL.apply(*tensors, runs).view(shape)
+    return _LinearCategoricalKL.apply(*tensors, runs, jsd_beta).view(shape)
 
 
-def _prepare(side: str, hidden, weight, bias, softcap, logit_scale, temperature):
-    """hidden (N, H), weight, bias and the head's form of one side, which an error names."""
+def _prepare(name: str, hidden, weight, bias, softcap, logit_scale, temperature):
+    """hidden (N, H), weight, bias and the head's form of the side that an error names."""
     try:
         return prepare_head(
             hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
         )
     except ValueError as error:
-        raise ValueError(f"{side}_{error}") from error
+        raise ValueError(f"{name}{error}") from error

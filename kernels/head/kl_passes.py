@@ -1,7 +1,8 @@
-"""The passes of the fused categorical KL: two heads side by side, a chunk of tokens at a time.
+"""The passes of two heads' divergence: side by side, a chunk of tokens at a time.
 
-A pass makes both heads' logits of a chunk, the row kernel turns them into the KL or into their
-gradients, and each side that needs one gathers its products.
+A pass makes both heads' logits of a chunk, the row kernel turns them into the KL, or with a
+`jsd_beta` into the Jensen-Shannon divergence, or into their gradients, and each side that needs one
+gathers its products.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import select_rows, statistics_dtype, without_autocast
-from ..rows import categorical_kl as categorical
+from ..rows.categorical_divergence import rows_backward, rows_forward
 from ..triton_backend.categorical_kl import accumulator_dtype
 from .chunks import Chunk, Gathered, Gradients3, Run, at_rows, store_rows, unit_of
 from .plan import LinearPlan, beside_low_precision, chunks_of
@@ -124,17 +125,21 @@ def _unit(sides: tuple[_Side, _Side], kl: Tensor, dkl: Tensor) -> Tensor | None:
 
 
 def _gather_gradients(
-    sides, logits, row, dkl: Tensor, runs: tuple[Run, Run], unit: Tensor | None
+    sides,
+    logits,
+    row,
+    dkl: Tensor,
+    runs: tuple[Run, Run],
+    jsd_beta: float | None,
+    unit: Tensor | None,
 ) -> None:
     """From a chunk's logits and row statistics to what each side gathers, for the given dkl."""
     if unit is not None:
         dkl = dkl / unit
     gradients = [side.dz(z) for side, z in zip(sides, logits, strict=True)]
-    kl, *row_statistics = row
-    categorical._backward(
-        runs[0].backend, *logits, *gradients, None, kl, row_statistics, dkl,
-        runs[0].head.row_temperature,
-    )  # fmt: skip
+    rows_backward(
+        runs[0].backend, *logits, *gradients, row, dkl, runs[0].head.row_temperature, jsd_beta
+    )
     for side, dz, z in zip(sides, gradients, logits, strict=True):
         side.gather(dz, z, unit)
 
@@ -149,23 +154,24 @@ def kl_pass(
     q_bias: Tensor | None,
     mask: Tensor,
     runs: tuple[Run, Run],
+    jsd_beta: float | None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """[KL, max a, log P, max b, log Q], each (N,) or None, and what the plan keeps of p and q."""
+    """[divergence, max a, log P, max b, log Q], (N,) or None; what the plan keeps of p and q."""
     plan, backend = runs[0].plan, runs[0].backend
     makes_gradient = plan.strategy == "unit-gradient"
     if not makes_gradient:
         runs = tuple(Run(run.head, plan, FROZEN, backend) for run in runs)
     sides = _two_sides((p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias), runs)
     dtype = accumulator_dtype(p_hidden, q_hidden)
-    present = (True, *(backend == "triton",) * 4)
+    present = (True, *(backend == "triton" and jsd_beta is None,) * 4)
     statistics = [mask.new_zeros(mask.shape, dtype=dtype) if p else None for p in present]
     for rows in select_rows(mask, len(mask), plan.chunk_tokens):
         logits = [side.logits(rows) for side in sides]
-        row = categorical._forward(*logits, None, runs[0].head.row_temperature, backend)
+        row = rows_forward(*logits, runs[0].head.row_temperature, backend, jsd_beta)
         store_rows(statistics, rows, row)
         if makes_gradient:
             one = torch.ones_like(row[0])
-            _gather_gradients(sides, logits, row, one, runs, _unit(sides, row[0], one))
+            _gather_gradients(sides, logits, row, one, runs, jsd_beta, _unit(sides, row[0], one))
     saved = [None, None]
     if plan.strategy == "kept-logits":
         saved = [side.chunk.z for side in sides]  # one chunk holds every counted token
@@ -201,6 +207,7 @@ def kl_backward(
     kept: Sequence[Tensor | None],
     dkl: Tensor,
     runs: tuple[Run, Run],
+    jsd_beta: float | None,
 ) -> Gradients3:
     """The gradients of p's hidden, weight and bias, then of q's.
 
@@ -216,5 +223,6 @@ def kl_backward(
             side.logits(rows) if z is None else side.take(z, position[rows], rows)
             for side, z in zip(sides, kept, strict=True)
         ]
-        _gather_gradients(sides, logits, at_rows(statistics, rows), dkl[rows], runs, unit)
+        row = at_rows(statistics, rows)
+        _gather_gradients(sides, logits, row, dkl[rows], runs, jsd_beta, unit)
     return [gradient for side in sides for gradient in side.gathered.finish(side.weight.dtype)]

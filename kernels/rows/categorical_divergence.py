@@ -16,9 +16,26 @@ from ..backend import resolve_backend, takes_short_way
 from ..checks import check_finite, check_name, check_numbers, check_positive, checks_types
 from ..torch_backend.divergences import jsd_backward, jsd_forward
 from ..triton_backend.categorical_kl import accumulator_dtype
-from .categorical_kl import categorical_kl, check_mask, check_pair
+from .categorical_kl import _backward, _forward, categorical_kl, check_mask, check_pair
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+
+
+def rows_forward(p_logits, q_logits, temperature, backend, jsd_beta: float | None) -> list:
+    """[divergence, *row statistics]: KL(p || q), or with a jsd_beta the jsd, which has none."""
+    if jsd_beta is None:
+        return _forward(p_logits, q_logits, None, temperature, backend)
+    dtype = accumulator_dtype(p_logits, q_logits)
+    return [jsd_forward(p_logits, q_logits, None, temperature, jsd_beta, dtype), *(None,) * 4]
+
+
+def rows_backward(backend, p_logits, q_logits, dp, dq, row, d, temperature, jsd_beta) -> None:
+    """Writes the gradients of what rows_forward gave as `row` into dp and dq, or one of them."""
+    if jsd_beta is None:
+        kl, *statistics = row
+        _backward(backend, p_logits, q_logits, dp, dq, None, kl, statistics, d, temperature)
+    else:
+        jsd_backward(p_logits, q_logits, dp, dq, None, d, temperature, jsd_beta)
 
 
 class _JSD(torch.autograd.Function):
@@ -102,6 +119,19 @@ def _op_backward(ctx, djsd):
 categorical_jsd_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
+def check_kind(kind: str, jsd_beta: float) -> None:
+    """Raise ValueError for a kind that is none, or a jsd_beta that it cannot have."""
+    check_name("kind", kind, DIVERGENCES)
+    check_numbers(jsd_beta=jsd_beta)
+    if kind != "jsd" and jsd_beta != 0.5:
+        raise ValueError(f"kind {kind!r} has no use for jsd_beta: leave it out, or take 'jsd'")
+    if not 0 < jsd_beta < 1:
+        raise ValueError(
+            f"jsd_beta must be between 0 and 1, got {jsd_beta}: at the ends take kind "
+            "'forward_kl' or 'reverse_kl'"
+        )
+
+
 @checks_types
 def categorical_divergence(
     logits: Tensor,
@@ -141,22 +171,14 @@ def categorical_divergence(
         ValueError: a wrong or different shape, a wrong dtype, device, temperature, kind or
         jsd_beta.
     """
-    check_name("kind", kind, DIVERGENCES)
+    check_kind(kind, jsd_beta)
     check_pair("other_logits", other_logits, "logits", logits)
     mask = check_mask(mask, logits, "logits")
     check_positive(temperature=temperature)
     check_finite(temperature=temperature)
-    check_numbers(jsd_beta=jsd_beta)
     if kind != "jsd":
-        if jsd_beta != 0.5:
-            raise ValueError(f"kind {kind!r} has no use for jsd_beta: leave it out, or take 'jsd'")
         first, second = (logits, other_logits)[:: 1 if kind == "reverse_kl" else -1]
         return categorical_kl(first, second, temperature=temperature, mask=mask, backend=backend)
-    if not 0 < jsd_beta < 1:
-        raise ValueError(
-            f"jsd_beta must be between 0 and 1, got {jsd_beta}: at the ends take kind "
-            "'forward_kl' or 'reverse_kl'"
-        )
     resolve_backend(backend, logits)
     call = _JSD.apply if takes_short_way(logits, other_logits, mask) else categorical_jsd_op
     return call(logits, other_logits, mask, temperature, jsd_beta)

@@ -24,6 +24,25 @@ def categorical_kl(p_logits: Tensor, q_logits: Tensor, *, temperature=1.0, mask=
     return (p * (log_p - log_q)).sum(-1)
 
 
+def categorical_divergence(
+    logits: Tensor, other_logits: Tensor, *, kind, jsd_beta=0.5, temperature=1.0, mask=None
+) -> Tensor:
+    """As the definitions read, in the logits' dtype, by autograd; 0 log 0 = 0."""
+    if mask is not None:
+        logits, other_logits = (
+            torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x)) for x in (logits, other_logits)
+        )
+    p, q = (torch.softmax(x / temperature, -1) for x in (logits, other_logits))
+    mixture = jsd_beta * q + (1 - jsd_beta) * p
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (torch.special.xlogy(a, a) - torch.special.xlogy(a, b)).sum(-1)
+
+    if kind == "jsd":
+        return jsd_beta * kl(q, mixture) + (1 - jsd_beta) * kl(p, mixture)
+    return kl(q, p) if kind == "forward_kl" else kl(p, q)
+
+
 def fisher_vector_product(logits: Tensor, tangent: Tensor, *, temperature=1.0) -> Tensor:
     """The matrix (diag(p) - p p^T) / T^2 of every row, times the row of the tangent."""
     p = torch.softmax(logits / temperature, -1)

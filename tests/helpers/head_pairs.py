@@ -1,4 +1,4 @@
-"""Inputs, assertions and the battery of the fused categorical KL: two naive heads and their KL."""
+"""Inputs, assertions and the battery of two heads' KL and divergences: two naive heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers import DEVICE
 from helpers.checks import arithmetic
-from helpers.distributions import categorical_kl
+from helpers.distributions import categorical_divergence, categorical_kl
 from helpers.heads import ROUNDING, naive_logits
 from helpers.judge import EPS32, assert_no_worse_than_eager
 
@@ -33,6 +33,8 @@ class Pair:
     tensors: list[Tensor | None]
     mask: Tensor | None
     options: dict[str, float] = field(default_factory=dict)
+    # of linear_categorical_divergence: kind and jsd_beta; None: of linear_categorical_kl
+    divergence: dict[str, object] | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -63,6 +65,12 @@ def make_pair(
 
 def call(op: Callable, pair: Pair, leaves, **more) -> Tensor:
     p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias = leaves
+    if pair.divergence is not None:
+        named = {n.replace("p_", "").replace("q_", "other_"): v for n, v in pair.options.items()}
+        return op(
+            p_hidden, p_weight, q_hidden, q_weight, bias=p_bias, other_bias=q_bias, mask=pair.mask,
+            **named, **pair.divergence, **more,
+        )  # fmt: skip
     return op(
         p_hidden, p_weight, q_hidden, q_weight, p_bias=p_bias, q_bias=q_bias, mask=pair.mask,
         **pair.options, **more,
@@ -79,7 +87,10 @@ def naive(pair: Pair, leaves, dtype: torch.dtype) -> Tensor:
         given = {n: pair.options.get(f"{side}_{n}") for n in ("softcap", "logit_scale")}
         given = {n: value for n, value in given.items() if value is not None}
         logits.append(naive_logits(hidden, *rest, **given))
-    return categorical_kl(*logits, temperature=pair.options["temperature"], mask=pair.mask)
+    given = {"temperature": pair.options["temperature"], "mask": pair.mask}
+    if pair.divergence is not None:
+        return categorical_divergence(*logits, **pair.divergence, **given)
+    return categorical_kl(*logits, **given)
 
 
 def check_pair(
