@@ -80,13 +80,35 @@ def rendered(tokenizer: Any, messages: list[dict], **options: Any) -> str:
     Raises:
         UserError: there is no template.
     """
+    _check_template(tokenizer)
+    variables = getattr(tokenizer, _VARIABLES, {})
+    return tokenizer.apply_chat_template(messages, tokenize=False, **variables, **options)
+
+
+def marked(tokenizer: Any, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """The same, and from where to where in it the template has {% generation %}.
+
+    Raises:
+        UserError: there is no template.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _check_template(tokenizer)
+    (text,), (spans,) = render_jinja_template(
+        [messages],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map | getattr(tokenizer, _VARIABLES, {}),
+    )
+    return text, spans
+
+
+def _check_template(tokenizer: Any) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
             f"the data holds chat messages, but the tokenizer {tokenizer.name_or_path!r} has no "
             "chat template: give plain text, or set tokenizer.chat_template and save it"
         )
-    variables = getattr(tokenizer, _VARIABLES, {})
-    return tokenizer.apply_chat_template(messages, tokenize=False, **variables, **options)
 
 
 def set_template_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:

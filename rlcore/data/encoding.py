@@ -6,18 +6,19 @@ generates; prompts are padded on the left, completions on the right.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rlcore.data.chat import answer_text, prompt_text, rendered
-from rlcore.data.ends import end_ids
+from rlcore.data.ends import end_ids, until_end
 from rlcore.data.loaded import Loaded, Tally, encoded, measured
 from rlcore.data.rows import Rows
 from rlcore.data.tokens import following_ids, opened_ids, plain_ids
+from rlcore.data.turns import assistant_ids
 from rlcore.errors import UserError
 
 
@@ -27,6 +28,12 @@ class Example:
 
     prompt: list[int]
     completion: list[int]
+    learned: list[bool] | None = None  # which of the completion's tokens are; None: all
+
+    @property
+    def num_learned(self) -> int:
+        """How many tokens have a loss."""
+        return len(self.completion) if self.learned is None else sum(self.learned)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -38,7 +45,7 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, P + C) int64
     attention_mask: torch.Tensor  # (B, P + C) int64
-    mask: torch.Tensor  # (B, C) bool: completion tokens
+    mask: torch.Tensor  # (B, C) bool: completion tokens that are learned
 
     @property
     def target(self) -> torch.Tensor:
@@ -82,24 +89,25 @@ def _head_ids(tokenizer: Any, texts: Sequence[str], is_text: Sequence[bool]) -> 
     return [next(opened if plain else templated) for _, plain in rows]
 
 
-def encode_examples(tokenizer: Any, rows: Rows, max_length: int | None = None) -> Loaded:
+def encode_examples(
+    tokenizer: Any, rows: Rows, max_length: int | None = None, *, assistant_only: bool = False
+) -> Loaded:
     """Rows to imitate, tokenized, as Examples; rows that have or keep no completion are left out.
 
     For {"prompt", "completion"} the loss is on the completion and its eos; for {"text"} and
     {"messages"} it is on everything after the first token.
 
+    Args:
+        assistant_only: of {"messages"} the loss is on what the assistant writes.
+
     Raises:
         UserError: a row that cannot be encoded, which is named, or no row is left.
     """
-    has_prompt = "prompt" in rows.group
-    chosen = rows.select_columns(rows.group)
+    encode, nothing = _how_to_encode(tokenizer, rows, assistant_only)
     examples, places, tally = Loaded(), [], Tally(rows)
-    whole = encoded(
-        chosen, lambda batch: encode_completions(tokenizer, batch, has_prompt=has_prompt)
-    )
-    for row, example in enumerate(whole):
+    for row, example in enumerate(encoded(rows.select_columns(rows.group), encode)):
         if example is None:
-            tally.add("are left out: without a first token there is nothing to learn from", row)
+            tally.add(f"are left out: {nothing}", row)
             continue
         short = shortened(example, max_length)
         if short is None:
@@ -117,11 +125,46 @@ def encode_examples(tokenizer: Any, rows: Rows, max_length: int | None = None) -
     return examples
 
 
+def _how_to_encode(
+    tokenizer: Any, rows: Rows, assistant_only: bool
+) -> tuple[Callable[[list[dict]], list[Example | None]], str]:
+    """What makes Examples of rows, and what to say of a row that it makes none of."""
+    if not assistant_only:
+        has_prompt = "prompt" in rows.group
+        how = functools.partial(encode_completions, tokenizer, has_prompt=has_prompt)
+        return how, "without a first token there is nothing to learn from"
+    if "messages" not in rows.group:
+        raise UserError(
+            "assistant_only_loss is for rows of 'messages', and these have "
+            f"{' and '.join(map(repr, rows.group))}: leave it out"
+        )
+    return functools.partial(_encode_answers, tokenizer), "no token of theirs is the assistant's"
+
+
+def _encode_answers(tokenizer: Any, rows: Sequence[dict]) -> list[Example | None]:
+    """Rows of {"messages"}, from the assistant's first token to its last; None without one."""
+    examples = []
+    for ids, learned in assistant_ids(tokenizer, [row["messages"] for row in rows]):
+        # nothing comes before the first token to predict it
+        start = max(learned.index(True), 1) if True in learned else len(ids)
+        examples.append(_up_to_learned(ids[:start], ids[start:], learned[start:]))
+    return examples
+
+
+def _up_to_learned(prompt: list[int], completion: list[int], learned: list[bool]) -> Example | None:
+    """Without the tokens behind the last that is learned; None where none is."""
+    length = max((place + 1 for place, counts in enumerate(learned) if counts), default=0)
+    return Example(prompt, completion[:length], learned[:length]) if length else None
+
+
 def shortened(example: Example, max_length: int | None) -> Example | None:
     """Its first `max_length` tokens, None where none of the completion is among them."""
     if max_length is None or len(example) <= max_length:
         return example
-    kept = example.completion[: max(max_length - len(example.prompt), 0)]
+    length = max(max_length - len(example.prompt), 0)
+    kept = example.completion[:length]
+    if example.learned is not None:
+        return _up_to_learned(example.prompt, kept, example.learned[:length])
     return Example(example.prompt, kept) if kept else None
 
 
@@ -155,17 +198,8 @@ def encode_completions(
 
 
 def up_to_end(tokenizer: Any, example: Example) -> Example:
-    """Without what a chat template writes after the end of the last turn, which no policy gets to.
-
-    That is blanks, and perhaps an end of the whole text.
-    """
-    ids, ends = example.completion, end_ids(tokenizer)
-    closing = itertools.takewhile(
-        lambda place: ids[place] in ends or not tokenizer.decode(ids[place]).strip(),
-        reversed(range(len(ids))),
-    )
-    length = min((place + 1 for place in closing if ids[place] in ends), default=len(ids))
-    return Example(example.prompt, ids[:length])
+    """Without what a chat template writes after the end of the last turn: see `until_end`."""
+    return Example(example.prompt, until_end(tokenizer, example.completion))
 
 
 def _as_pair(tokenizer: Any, row: dict) -> tuple[str, str, bool]:
@@ -200,4 +234,6 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         pad([[1] * len(completion) for completion in completions], 0, "right"),
     ]
     ids = [pad(prompts, pad_token_id, "left"), pad(completions, pad_token_id, "right")]
-    return Batch(torch.cat(ids, dim=1), torch.cat(attention, dim=1), attention[1].bool())
+    learned = [example.learned or [True] * len(example.completion) for example in examples]
+    mask = pad(learned, 0, "right").bool()
+    return Batch(torch.cat(ids, dim=1), torch.cat(attention, dim=1), mask)

@@ -7,6 +7,8 @@ whoever stops at the first alone never stops in a chat.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +43,20 @@ def completion_end(tokenizer: Any, is_text: bool) -> int | None:
     """The token that a completion is learned to end with: of text eos, of messages their turn's."""
     end = None if is_text else end_of_turn(tokenizer)
     return tokenizer.eos_token_id if end is None else end
+
+
+def until_end(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Without what a chat template writes after the end of a last turn, which no policy gets to.
+
+    That is blanks, and perhaps an end of the whole text.
+    """
+    ends = end_ids(tokenizer)
+    closing = itertools.takewhile(
+        lambda place: ids[place] in ends or not tokenizer.decode(ids[place]).strip(),
+        reversed(range(len(ids))),
+    )
+    length = min((place + 1 for place in closing if ids[place] in ends), default=len(ids))
+    return list(ids[:length])
 
 
 def missing_end(tokenizer: Any) -> str | None:

@@ -2,6 +2,8 @@
 
     loss = - sum over completion tokens of logp / number of completion tokens in the whole batch
 
+With `assistant_only_loss` these are the tokens of a conversation that its assistant writes.
+
 Left out: packing several examples into one row. The rows of an optimizer step are sorted by length
 before they are cut into micro-steps instead, which leaves little padding and the same gradient.
 """
@@ -41,6 +43,7 @@ class SFTConfig(TrainConfig):
 
     learning_rate: Positive = 2e-5  # its peak
     max_length: Length | None = 1024  # tokens of a sequence; longer ones are cut at their end
+    assistant_only_loss: bool = False  # of rows of messages learn the assistant's turns alone
     # greedy completions of held-out prompts to show and keep in completions.jsonl
     log_completions: Natural = 3
     completions_format: str = "jsonl"  # or parquet: at the end they are in completions.parquet too
@@ -92,14 +95,15 @@ def _load_examples(
 ) -> Loaded:
     column = config.prompt_column
     rows = load_rows(path_or_name, SFT_COLUMNS, held_out=held_out, prompt_column=column)
-    return encode_examples(tokenizer, rows, config.max_length)
+    assistant_only = config.assistant_only_loss
+    return encode_examples(tokenizer, rows, config.max_length, assistant_only=assistant_only)
 
 
 def _train_step(run: Run, step: int, examples: list[Example]) -> dict[str, float]:
     """One optimizer step on the examples of all processes."""
     accelerator = run.accelerator
     batches = _micro_batches(run, examples)
-    tokens = sum(len(example.completion) for example in examples)
+    tokens = sum(example.num_learned for example in examples)
     num_items = tokens / accelerator.num_processes
     return optimizer_step(run, step, batches, lambda batch: _loss(run, batch, num_items))
 
@@ -132,5 +136,5 @@ def _evaluate(run: Run, examples: list[Example]) -> float:
     with evaluating(run.model):
         batches = _micro_batches(run, examples, run.config.eval_batch_size)
         total = sum(_loss(run, batch, 1.0).item() for batch in batches)
-    tokens = sum(len(example.completion) for example in examples)
+    tokens = sum(example.num_learned for example in examples)
     return summed(run.accelerator, total) / tokens
