@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import most_of, save_tiny, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from rlcore.demo.arithmetic import make_problem, triples
 from rlcore.errors import TrainingDiverged, UserError
@@ -131,6 +131,59 @@ def test_micro_batches_hold_rows_of_like_length(config, monkeypatch):
         )
     )
     assert sorted_padding < sum(padding) / 2
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2"])
+@pytest.mark.parametrize("fused_head", ["on", "off"])
+def test_padding_free_rows_give_the_same_losses_and_gradients(
+    config, monkeypatch, tmp_path, kind, fused_head
+):
+    # dropout would fall on other tokens
+    quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    model = save_tiny(tmp_path / kind, kind, initializer_range=0.05, **quiet)
+    config = dataclasses.replace(
+        config,
+        model=model,
+        fused_head=fused_head,
+        gradient_accumulation_steps=3,
+        eval_dataset=most_of(config.dataset),
+    )
+    taken, lines = {}, {}
+    for padding_free in (False, True):
+        changes = {"padding_free": padding_free}
+        taken[padding_free] = gradient(monkeypatch, config, **changes)
+        lines[padding_free] = read_metrics(f"{config.output_dir}/metrics.jsonl")
+    for name, value in taken[False].items():
+        torch.testing.assert_close(taken[True][name], value, rtol=1e-4, atol=1e-6)
+    for padded, packed in zip(lines[False], lines[True], strict=True):
+        for name in padded.keys() & {"loss", "eval/loss", "grad_norm", "num_tokens"}:
+            assert packed[name] == pytest.approx(padded[name], rel=1e-4), name
+
+
+def test_padding_free_passes_have_one_row_without_padding(config, monkeypatch):
+    shapes, forward = [], Qwen2ForCausalLM.forward
+
+    def spy(self, input_ids, **options):
+        if self.training:
+            shapes.append((tuple(input_ids.shape), options.get("attention_mask")))
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", spy)
+    result = train_sft(dataclasses.replace(config, max_steps=1, padding_free=True))
+    # each of the four sequences goes without its last token, which predicts nothing
+    assert shapes == [((1, result.metrics["num_tokens"] - 4), None)]
+
+
+def test_a_model_whose_rows_see_each_other_is_not_trained_padding_free(config, monkeypatch):
+    forward = Qwen2ForCausalLM.forward
+
+    def without_positions(self, input_ids, position_ids=None, **options):
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", without_positions)
+    with pytest.raises(UserError, match="padding_free: Qwen2ForCausalLM lets the sequences"):
+        train_sft(dataclasses.replace(config, padding_free=True))
+    assert not Path(config.output_dir).exists()
 
 
 def test_it_learns_and_leaves_a_model_that_transformers_loads(config):

@@ -88,6 +88,7 @@ ANSWERS = {
     "fsdp_config": _LAUNCHER,
     "disable_dropout": "dropout is off wherever policies are compared",
     "activation_offloading": "--gradient-checkpointing makes activations again instead",
+    "packing": "say --padding-free: a micro-step's sequences are then one row",
     "pad_to_multiple_of": "a batch is as wide as its longest row",
     "precompute_ref_batch_size": "it is per_device_train_batch_size",
     "train_sampling_strategy": "rows are drawn in an order of --seed, always",

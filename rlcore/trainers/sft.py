@@ -4,8 +4,8 @@
 
 With `assistant_only_loss` these are the tokens of a conversation that its assistant writes.
 
-Left out: packing several examples into one row. The rows of an optimizer step are sorted by length
-before they are cut into micro-steps instead, which leaves little padding and the same gradient.
+The rows of an optimizer step are sorted by length before they are cut into micro-steps, which
+leaves little padding; with `padding_free` none is left, as a micro-step's sequences are one row.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rlcore.data.encoding import Batch, Example, collate, encode_examples
 from rlcore.data.loaded import Loaded
 from rlcore.data.loading import SFT_COLUMNS, load_rows
 from rlcore.models.forward import evaluating
+from rlcore.models.heads import without_padding
 from rlcore.runs.ranges import Length, Natural, Positive
 from rlcore.trainers.options.base import TrainConfig, check_train_config
 from rlcore.trainers.shared.evaluation import show_completions
@@ -44,6 +45,7 @@ class SFTConfig(TrainConfig):
     learning_rate: Positive = 2e-5  # its peak
     max_length: Length | None = 1024  # tokens of a sequence; longer ones are cut at their end
     assistant_only_loss: bool = False  # of rows of messages learn the assistant's turns alone
+    padding_free: bool = False  # a micro-step's sequences in one row; wants flash attention
     # greedy completions of held-out prompts to show and keep in completions.jsonl
     log_completions: Natural = 3
     completions_format: str = "jsonl"  # or parquet: at the end they are in completions.parquet too
@@ -73,6 +75,8 @@ def train_sft(config: SFTConfig, **given: Unpack[Given]) -> Result:
     rows = local_rows * accelerator.num_processes
     steps = total_steps(config, len(examples), rows)
     run = start_run(config, accelerator, model, tokenizer, steps, data=examples, notes=data.notes)
+    if config.padding_free:
+        run.head = without_padding(run.head, run.policy)
     with tracking(run, given, "SFT", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         held = HeldOut(run, log, clock, held_out, lambda some: {"eval/loss": _evaluate(run, some)})
