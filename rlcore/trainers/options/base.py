@@ -65,6 +65,8 @@ class TrainConfig(LoadConfig, Checked):
     adam_beta1: BelowOne = 0.9  # AdamW's first decay rate
     adam_beta2: BelowOne = 0.999  # AdamW's second decay rate
     max_grad_norm: NotNegative = 1.0  # gradients are clipped to this norm; 0: they are not
+    # weight of the load-balancing loss that a mixture of experts adds to a trainer's
+    router_aux_loss_coef: NotNegative = 0.0
     bf16: bool = False  # compute in bfloat16, weights stay as they are
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     fused_head: str = "on"  # losses straight from the head's input, without logits: on, off

@@ -81,6 +81,7 @@ def check_trpo_config(config: TRPOConfig, reward_count: int) -> None:
     _check_baseline(config)
     check_unused(config, "the trust region lies around the policy itself", "ref_model")
     check_unused(config, "the step of the policy comes from delta", "learning_rate")
+    check_unused(config, "the step is on the surrogate alone", "router_aux_loss_coef")
     check_sampling_config(config, reward_count)
     check_value_config(config)
 

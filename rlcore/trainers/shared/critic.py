@@ -52,7 +52,7 @@ class Critic:
         config = dataclasses.replace(self.config, learning_rate=self.config.value_rate)
         model, optimizer = run.accelerator.prepare(self.model, make_optimizer(self.model, config))
         self.run = dataclasses.replace(
-            run, model=model, optimizer=optimizer, config=config, prefix="value/"
+            run, model=model, optimizer=optimizer, config=config, prefix="value/", router=None
         )
 
     def save(self, directory: str | Path) -> None:

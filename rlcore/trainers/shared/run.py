@@ -18,6 +18,7 @@ from rlcore.data.ends import missing_end, set_end_tokens
 from rlcore.errors import UserError
 from rlcore.models.adapters import add_lora, checkpoint_adapters_alone
 from rlcore.models.heads import Head, LogitsHead, choose_head
+from rlcore.models.router_loss import RouterLoss
 from rlcore.runs import checkpoint, output_dir
 from rlcore.runs.facts import facts_of
 from rlcore.runs.resuming import (
@@ -68,6 +69,7 @@ class Run:
     num_tokens: float = 0.0  # seen so far, by all processes
     reward_moments: Moments = field(default_factory=Moments)  # of all rewards so far
     head: Head = field(default_factory=LogitsHead)  # how losses are had from the model
+    router: RouterLoss | None = None  # the load-balancing loss of its experts, where it counts
     notes: list[str] = field(default_factory=list)  # what the user should know at the start
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of data and models
     stop: StopRequest = field(default_factory=StopRequest)
@@ -172,6 +174,8 @@ def start_run(
     set_end_tokens(model, tokenizer)
     run = Run(config, accelerator, model, None, tokenizer, steps)
     run.head, head_note = choose_head(model, run.wants_fused_head)
+    if config.router_aux_loss_coef:
+        run.router = RouterLoss(model, config.router_aux_loss_coef)
     if head_note:
         run.notes.append(f"the fused head is off: {head_note}")
     if end_note := missing_end(tokenizer):

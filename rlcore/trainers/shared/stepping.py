@@ -23,7 +23,8 @@ def optimizer_step(
     """One optimizer step on the summed loss of `batches`: {"loss", "grad_norm", "learning_rate"}.
 
     `loss_of` divides by the count of the whole batch over the number of processes: gradients are
-    then averaged over processes and add up to the whole batch's.
+    then averaged over processes and add up to the whole batch's. The load-balancing loss of
+    experts, where it counts, is the mean of the micro-batches': {"aux_loss"}, without its weight.
 
     Raises:
         TrainingDiverged: the loss or the gradient's norm is not finite; nothing was changed then.
@@ -33,18 +34,26 @@ def optimizer_step(
     run.phase("updating")
     rate = set_learning_rate(run, step)
     run.optimizer.zero_grad()
-    losses = []
+    losses, balances = [], []
     for number, batch in enumerate(batches, start=1):
         is_last = number == len(batches)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(run.model):
             loss = loss_of(batch)
+            if run.router is not None:
+                balance = run.router.take() / len(batches)
+                balances.append(balance.detach())
+                loss = loss + balance
             accelerator.backward(loss)
         losses.append(loss.detach())
     loss = accelerator.reduce(torch.stack(losses).sum(), "mean").item()
     grad_norm = clip_gradients(run)
     require_finite(run, step, {"loss": loss, "grad_norm": grad_norm})
     run.optimizer.step()
-    return {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+    metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+    if run.router is not None:
+        balance = accelerator.reduce(torch.stack(balances).sum(), "mean").item()
+        metrics["aux_loss"] = balance / run.router.coef
+    return metrics
 
 
 def set_learning_rate(run: Run, step: int) -> float:
