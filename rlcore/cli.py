@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 import rlcore
-from rlcore.commands.table import COMMANDS, NOT_YET, OTHER_NAMES, Command
+from rlcore.commands.table import COMMANDS, OTHER_NAMES, Command
 from rlcore.errors import TrainingDiverged, TrainingStopped, UserError, unknown_name
 from rlcore.runs.config import flag_name, load_config
 from rlcore.runs.options import Option, options
@@ -159,8 +159,6 @@ def _answer_command(name: str) -> None:
     for known in (name, f"train {name}"):
         if known in OTHER_NAMES:
             raise UserError(f"`rlcore {name}` is `rlcore {OTHER_NAMES[known]}` here")
-        if known in NOT_YET:
-            raise UserError(f"`rlcore {name}` does not exist yet: {NOT_YET[known]}")
 
 
 def _name_positionals(command: Command, flags: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from rlcore.runs.options import init_fields
 from rlcore.runs.tracking import read_metrics
 from rlcore.sampling.rewards import load_reward
 from rlcore.trainers import (
+    DistillConfig,
     DPOConfig,
     GRPOConfig,
     PGConfig,
@@ -34,7 +35,7 @@ from rlcore.trainers import (
 )
 from rlcore.trainers.options.base import check_train_config
 
-CONFIGS = (SFTConfig, GRPOConfig, PPOConfig, DPOConfig)
+CONFIGS = (SFTConfig, GRPOConfig, PPOConfig, DPOConfig, DistillConfig)
 
 
 def test_each_other_name_is_no_name_of_ours_and_leads_to_one():
@@ -167,7 +168,7 @@ def test_rloo_has_trls_defaults_below_yaml_and_flags(tmp_path):
     [
         ("kto", "Did you mean 'train kto'?"),
         ("train orpo", "`rlcore train orpo` is `rlcore train dpo --loss-type orpo`"),
-        ("train gkd", "does not exist yet"),
+        ("train gkd", "`rlcore train gkd` is `rlcore train distill`"),
         ("train rlo", "Did you mean 'train rloo'?"),
     ],
 )

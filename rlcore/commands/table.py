@@ -71,6 +71,12 @@ COMMANDS = {
         "train_kto",
         "learn from completions that are good or bad: rows of prompt, completion, label",
     ),
+    "train distill": Command(
+        "rlcore.trainers.distill",
+        "DistillConfig",
+        "train_distill",
+        "learn a teacher's probabilities, on what the student samples: rows of prompt, completion",
+    ),
     "eval": Command(
         "rlcore.commands.evaluate",
         "EvalConfig",
@@ -163,8 +169,6 @@ OTHER_NAMES = {
     "train reward": "train reward_model",
     **{f"train {loss}": f"train dpo --loss-type {loss}" for loss in ("orpo", "cpo", "simpo")},
     "train online_dpo": "train dpo --online",
+    "train gkd": "train distill",
     "vllm-serve": "serve",
-}
-NOT_YET = {
-    "train gkd": "there is no distillation",
 }

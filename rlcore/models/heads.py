@@ -68,7 +68,7 @@ class LogitsHead:
 
     def token_logprob(self, model: Any, batch: Completions, **options: Any) -> TokenLogprob:
         """`rl.token_logprob` of the completions."""
-        logits = self._logits(model, batch)
+        logits = self.read(model, batch)
         return token_logprob(logits, batch.target, mask=batch.mask, **options)
 
     def policy_loss(
@@ -76,14 +76,14 @@ class LogitsHead:
     ) -> PolicyLoss:
         """`rl.policy_loss` of the completions, whose logits take the gradient."""
         options = {"mask": batch.mask, "inplace_backward": model.training} | options
-        logits = self._logits(model, batch)
+        logits = self.read(model, batch)
         return policy_loss(logits, batch.target, advantage, **options)
 
     def preference_loss(
         self, model: Any, batch: Completions, ref_logp: torch.Tensor | None, **options: Any
     ) -> PreferenceLoss:
         """`rl.linear_preference_loss` of rows [chosen; rejected], on the model's own logits."""
-        logits = self._logits(model, batch)
+        logits = self.read(model, batch)
 
         def ask(temperature: float) -> TokenLogprob:
             return token_logprob(
@@ -92,8 +92,8 @@ class LogitsHead:
 
         return composed_preference_loss(ask, batch.mask, ref_logp, **options)
 
-    def _logits(self, model: Any, batch: Completions) -> torch.Tensor:
-        """(B, C, V)"""
+    def read(self, model: Any, batch: Completions) -> torch.Tensor:
+        """(B, C, V): the completions' logits."""
         if not self.padding_free:
             return completion_logits(model, *_place(batch))
         packed = pack(*_place(batch))
@@ -111,7 +111,7 @@ class FusedHead:
 
     def token_logprob(self, model: Any, batch: Completions, **options: Any) -> TokenLogprob:
         """`rl.linear_token_logprob` of the completions."""
-        hidden = self._hidden(model, batch)
+        hidden = self.read(model, batch)
         return linear_token_logprob(
             hidden, self.layer.weight, batch.target, mask=batch.mask, **self.options(), **options
         )
@@ -121,14 +121,14 @@ class FusedHead:
     ) -> PolicyLoss:
         """`rl.linear_policy_loss` of the completions."""
         options = {"mask": batch.mask} | self.options() | options
-        hidden = self._hidden(model, batch)
+        hidden = self.read(model, batch)
         return linear_policy_loss(hidden, self.layer.weight, batch.target, advantage, **options)
 
     def preference_loss(
         self, model: Any, batch: Completions, ref_logp: torch.Tensor | None, **options: Any
     ) -> PreferenceLoss:
         """`rl.linear_preference_loss` of rows [chosen; rejected]."""
-        hidden = self._hidden(model, batch)
+        hidden = self.read(model, batch)
         return linear_preference_loss(
             hidden, self.layer.weight, batch.target, batch.mask, ref_logp,
             **self.options(), **options,
@@ -141,7 +141,14 @@ class FusedHead:
             "logit_scale": self.logit_scale,
         }
 
-    def _hidden(self, model: Any, batch: Completions) -> torch.Tensor:
+    def of_words(self, count: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Weight and options of the head's first `count` rows."""
+        weight, bias = self.layer.weight, self.layer.bias
+        if count < len(weight):
+            weight, bias = weight[:count], None if bias is None else bias[:count]
+        return weight, self.options() | {"bias": bias}
+
+    def read(self, model: Any, batch: Completions) -> torch.Tensor:
         """(B, C, H): what the head would have turned into the completions' logits."""
         packed = pack(*_place(batch)) if self.padding_free else None
         with stopped_at(self.layer) as seen:
@@ -252,7 +259,7 @@ def _is_exact(head: FusedHead, model: Any) -> bool:
         return _same(head.token_logprob(model, batch, entropy=False).logp, want, model)
 
     with evaluating(model):
-        logits = plain._logits(model, batch)
+        logits = plain.read(model, batch)
         if logits.isnan().any():
             raise UserError(
                 f"{type(model).__name__} gives logits that are NaN: its weights are broken"
@@ -261,7 +268,7 @@ def _is_exact(head: FusedHead, model: Any) -> bool:
             return False
         # a cap shows where logits are beyond it, which a model with small weights never comes to
         with _louder(head.layer, LOUD / logits.abs().max().clamp(min=LOUD * 1e-4).item()):
-            return agrees(plain._logits(model, batch))
+            return agrees(plain.read(model, batch))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ ALIASES = {
     "reward_model_name_or_path": "reward_model",
     "sft_model_path": "model",
     "ref_model_name_or_path": "ref_model",
+    "teacher_model_name_or_path": "teacher",
     "max_new_tokens": "max_completion_length",
     "response_length": "max_completion_length",
     "num_generations_eval": "eval_num_generations",

@@ -17,7 +17,7 @@ from rlcore.runs.output_dir import CONFIG_FILE, file_of_run
 from rlcore.runs.run_record import RECORD_FILE, read_record
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")  # NAME=DATASET
-MODELS = ("model", "ref_model", "reward_model", "value_model")
+MODELS = ("model", "ref_model", "teacher", "reward_model", "value_model")
 INPUTS = (*MODELS, "dataset", "eval_dataset")  # options that name what a run reads
 # how a run was started, not what it is: training.yaml holds neither
 START_OPTIONS = ("resume", "overwrite_output_dir")

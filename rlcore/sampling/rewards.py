@@ -192,6 +192,8 @@ def compute_rewards(
 ) -> Rewards:
     """Run every reward function on N completions and add the rewards up by `weights`.
 
+    Without a function no completion is judged: totals (N,) are NaN.
+
     Args:
         weights: one a function; None weighs all of them by 1.
         prompts, completions: N each, texts; for chat prompts the functions get the completion as
@@ -221,7 +223,7 @@ def compute_rewards(
     for call in calls:
         call.begin()
     scores = [call.scores() for call in calls]
-    per_function = torch.tensor(scores, dtype=torch.float32).T  # (N, F)
+    per_function = torch.tensor(scores, dtype=torch.float32).view(len(calls), len(completions)).T
     weighted = per_function * torch.tensor(weights, dtype=torch.float32)
     total = torch.where(per_function.isnan().all(1), torch.nan, weighted.nansum(1))
     if (total.abs() > LARGEST_REWARD).any():

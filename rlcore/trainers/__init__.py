@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlcore.trainers.distill import DistillConfig, train_distill
     from rlcore.trainers.dpo import DPOConfig, train_dpo
     from rlcore.trainers.grpo import GRPOConfig, train_grpo
     from rlcore.trainers.kto import KTOConfig, train_kto
@@ -29,6 +30,7 @@ _TRAINERS = {
     "grpo": ("GRPOConfig", "train_grpo"),
     "dpo": ("DPOConfig", "train_dpo"),
     "kto": ("KTOConfig", "train_kto"),
+    "distill": ("DistillConfig", "train_distill"),
 }
 _MODULES = {name: module for module, names in _TRAINERS.items() for name in names}
 _MODULES["Callback"] = "shared.given"
@@ -37,6 +39,7 @@ _MODULES["Callback"] = "shared.given"
 __all__ = [
     "Callback",
     "DPOConfig",
+    "DistillConfig",
     "GRPOConfig",
     "KTOConfig",
     "PGConfig",
@@ -45,6 +48,7 @@ __all__ = [
     "RewardModelConfig",
     "SFTConfig",
     "TRPOConfig",
+    "train_distill",
     "train_dpo",
     "train_grpo",
     "train_kto",

@@ -24,6 +24,7 @@ METHODS = {
     "GRPOConfig": ("group relative policy optimization", "https://arxiv.org/abs/2402.03300"),
     "DPOConfig": ("direct preference optimization", "https://arxiv.org/abs/2305.18290"),
     "KTOConfig": ("Kahneman-Tversky optimization", "https://arxiv.org/abs/2402.01306"),
+    "DistillConfig": ("generalised knowledge distillation", "https://arxiv.org/abs/2306.13649"),
     "RewardModelConfig": ("reward modelling on preference pairs", ""),
 }
 
@@ -79,6 +80,8 @@ def _what(run: RunFiles) -> str:
     ]
     if options.get("eval_dataset"):
         lines.append(f"- held out: `{options['eval_dataset']}`")
+    if options.get("teacher"):
+        lines.append(f"- teacher: `{options['teacher']}`")
     rewards = [*options.get("reward", []), *filter(None, [options.get("reward_model")])]
     if rewards:
         lines.append(f"- reward: {', '.join(f'`{name}`' for name in rewards)}")

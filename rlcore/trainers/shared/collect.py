@@ -146,16 +146,19 @@ def _metrics(
     std = _nanstd(groups)
     length = everyone["length"].float()
     metrics = {
-        "reward": groups.nanmean(),
-        "reward_std": std.mean(),
-        "frac_reward_zero_std": (std == 0).float().mean(),
         "completions/mean_length": length.mean(),
         "completions/min_length": length.min(),
         "completions/max_length": length.max(),
         "completions/clipped_ratio": everyone["truncated"].float().mean(),
-        "completions/unjudged": everyone["total"].isnan().sum(),
         "tokens": everyone["tokens"].sum(),
     }
+    if judge.names:
+        metrics |= {
+            "reward": groups.nanmean(),
+            "reward_std": std.mean(),
+            "frac_reward_zero_std": (std == 0).float().mean(),
+            "completions/unjudged": everyone["total"].isnan().sum(),
+        }
     for name, scores in zip(judge.names, everyone["per_function"].T, strict=True):
         metrics[f"rewards/{name}/mean"] = scores.nanmean()
         metrics[f"rewards/{name}/std"] = _nanstd(scores[None])[0]

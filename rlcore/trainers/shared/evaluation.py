@@ -45,8 +45,18 @@ def show_completions(run: Run, examples: Sequence[Example]) -> None:
     except (UserError, FloatingPointError):
         return
     prompts = run.tokenizer.batch_decode([example.prompt for example in examples])
+    run.samples["eval"] = _unjudged(prompts, rollout)
+
+
+def show_rollout(run: Run, prompts: Sequence, rollout: Rollout) -> None:
+    """Have some of the completions shown that nobody judged, the first that come."""
+    if "eval" not in run.samples and run.accelerator.is_main_process:
+        run.samples["eval"] = _unjudged(prompts, rollout)[: run.config.log_completions]
+
+
+def _unjudged(prompts: Sequence, rollout: Rollout) -> list[Sample]:
     shown = zip(prompts, rollout.completions, rollout.truncated.tolist(), strict=True)
-    run.samples["eval"] = [
+    return [
         Sample(row, prompt, completion, {}, math.nan, truncated)
         for row, (prompt, completion, truncated) in enumerate(shown)
     ]

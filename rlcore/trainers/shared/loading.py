@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from rlcore.data.encoding import encode_prompts
+from rlcore.data.encoding import Example, encode_completions, encode_prompts
 from rlcore.data.loaded import Extent, Tally, encoded, measured
 from rlcore.data.loading import load_rows
 from rlcore.data.rows import Rows
@@ -83,6 +84,57 @@ def load_prompts(config: SamplingConfig, tokenizer: Any, judge: Judge) -> Data:
     data = load_data(config, load)
     notes = data.notes + _sampling_note(config)
     return dataclasses.replace(data, notes=notes, new_tokens=config.max_completion_length)
+
+
+def load_prompts_and_completions(
+    config: SamplingConfig, tokenizer: Any, judge: Judge, *, completions: bool
+) -> tuple[Data, list[Example]]:
+    """Rows of {"prompt", ...} for the run; of the training rows {"prompt", "completion"} Examples.
+
+    Examples are as long as what is sampled is at most: prompts lose their beginning, completions
+    their end. Without `completions` there are none.
+
+    Raises:
+        UserError: data, columns or a row that do not work; the row is named.
+    """
+    examples: list[Example] = []
+
+    def load(path_or_name: str | Sequence[str], held_out: bool) -> Rows:
+        rows = load_prompt_rows(config, tokenizer, judge, path_or_name, held_out)
+        if completions and not held_out:
+            if "completion" not in rows.column_names:
+                raise UserError(
+                    f"{said(path_or_name)} has no column 'completion' to learn from: add it, or "
+                    "set lmbda 1 or seq_kd, and completions are sampled"
+                )
+            examples.extend(_cut_examples(config, tokenizer, rows))
+        return rows
+
+    data = load_data(config, load)
+    return dataclasses.replace(data, new_tokens=config.max_completion_length), examples
+
+
+def _cut_examples(config: SamplingConfig, tokenizer: Any, rows: Rows) -> list[Example]:
+    """An Example a row; cuts become notes of the rows, ids part of their extent."""
+    examples, tally = [], Tally(rows)
+    both = rows.select_columns(["prompt", "completion"])
+    for row, example in enumerate(encoded(both, partial(encode_completions, tokenizer))):
+        if example is None:
+            raise UserError(f"{rows.where(row)}: 'prompt' and 'completion' need a token each")
+        prompt, completion = example.prompt, example.completion[: config.max_completion_length]
+        if len(completion) < len(example.completion):
+            tally.add(
+                f"completions lose their end to max_completion_length "
+                f"{config.max_completion_length}",
+                row,
+            )
+        examples.append(Example(prompt[-(config.max_prompt_length or len(prompt)) :], completion))
+    rows.notes += tally.notes
+    extent = measured(rows, enumerate(example.completion for example in examples))
+    if extent.token_id > rows.extent.token_id:
+        highest = {"token_id": extent.token_id, "highest": extent.highest}
+        rows.extent = dataclasses.replace(rows.extent, **highest)
+    return examples
 
 
 def load_prompt_rows(
