@@ -96,13 +96,13 @@ def test_an_adapter_stays_float32_beside_frozen_bfloat16(model, tmp_path):
 
 def test_code_of_a_model_runs_by_flag_alone(model, tmp_path, monkeypatch):
     asked = []
-    load = loading._load
+    load = loading.from_pretrained
 
     def noting(auto_class, what, name, **options):
         asked.append((what, options.get("trust_remote_code", False)))
         return load(auto_class, what, name, **options | {"trust_remote_code": False})
 
-    monkeypatch.setattr(loading, "_load", noting)
+    monkeypatch.setattr(loading, "from_pretrained", noting)
     config = GRPOConfig(
         model=model, dataset=ROWS, output_dir=str(tmp_path / "run"), max_steps=1, beta=0.1,
         **SAMPLING,

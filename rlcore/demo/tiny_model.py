@@ -39,7 +39,7 @@ def write_model(directory: Path, tokenizer: Any, seed: int) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from rlcore.models.loading import no_progress_bars
+    from rlcore.models.pretrained import no_progress_bars
 
     config = Qwen2Config(
         vocab_size=len(tokenizer),

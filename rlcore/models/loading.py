@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from rlcore.data.chat import set_template_variables
-from rlcore.errors import UserError, reason_of
-from rlcore.functional.finite import first_not_finite
+from rlcore.errors import UserError
 from rlcore.models.adapters import (
     NEW_HEAD,
     base_of_adapter,
@@ -25,6 +21,9 @@ from rlcore.models.adapters import (
 )
 from rlcore.models.dropout import check_quiet, disable_dropout
 from rlcore.models.forward import reading_fault
+from rlcore.models.pretrained import from_pretrained, without_load_report
+from rlcore.models.quantized import check_given, loading_in_4bit, made_trainable
+from rlcore.models.whole import Fit, check_finite, check_whole, fit_of, is_new_head
 
 
 def load_tokenizer(
@@ -47,7 +46,9 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, "tokenizer", name_or_path, trust_remote_code=trust_remote_code)
+    tokenizer = from_pretrained(
+        AutoTokenizer, "tokenizer", name_or_path, trust_remote_code=trust_remote_code
+    )
     return made_ready(tokenizer, name_or_path, eos_token, **ready)
 
 
@@ -116,6 +117,7 @@ def load_policy(
     dtype: torch.dtype | str = torch.float32,
     gradient_checkpointing: bool = False,
     dropout: bool = True,
+    four_bit: torch.dtype | str | None = None,
     **options: Any,
 ) -> Any:
     """A causal language model to train; `dropout=False` switches its dropout off for good.
@@ -124,6 +126,10 @@ def load_policy(
     model that is loaded already is taken as it is. `options` are attn_implementation and
     trust_remote_code, as transformers has them.
 
+    Args:
+        four_bit: the dtype to multiply in with weights that are frozen in 4 bit, "auto": that of
+            the others; None: none are.
+
     Raises:
         UserError: nothing loadable there, weights that the checkpoint lacks, a reward model, or a
             model whose outputs depend on later tokens or on padding.
@@ -131,19 +137,20 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     if not isinstance(name_or_path, str):
-        model, name = _taken(name_or_path, "lm_head", "a causal language model", dtype), "model"
-        return _policy(model, name, gradient_checkpointing, dropout)
-    model, loaded = _load_model(AutoModelForCausalLM, name_or_path, dtype=dtype, **options)
-    if any(_is_new_head(name) for name in loaded.unused):
+        what = "a causal language model"
+        model = _taken(name_or_path, "lm_head", what, dtype, four_bit is not None)
+        return _policy(model, "model", gradient_checkpointing, dropout)
+    model, fit = _load_model(AutoModelForCausalLM, name_or_path, four_bit, dtype=dtype, **options)
+    if any(is_new_head(name) for name in fit.unused):
         raise UserError(
             f"{name_or_path!r} is a reward or value model (it has a {NEW_HEAD} layer), not a "
             "language model: choose the one that it was trained from"
         )
-    _check_whole(model, name_or_path, loaded.missing)
-    if loaded.unused:
+    check_whole(model, name_or_path, fit.missing)
+    if fit.unused:
         logging.getLogger(__name__).warning(
             "%s holds %d weights that a %s does not use, %s first",
-            name_or_path, len(loaded.unused), type(model).__name__, min(loaded.unused),
+            name_or_path, len(fit.unused), type(model).__name__, min(fit.unused),
         )  # fmt: skip
     return _policy(model, name_or_path, gradient_checkpointing, dropout)
 
@@ -159,7 +166,9 @@ def _policy(model: Any, name: str, gradient_checkpointing: bool, dropout: bool) 
     return model
 
 
-def _taken(model: Any, kind: str, what: str, dtype: torch.dtype | str) -> Any:
+def _taken(
+    model: Any, kind: str, what: str, dtype: torch.dtype | str, four_bit: bool = False
+) -> Any:
     """A model that a caller has loaded, itself, if it can be trained as one that is loaded here."""
     if has_adapter(model) or hasattr(model, "peft_type"):
         raise UserError("model has an adapter: give the model beneath it, and peft='lora'")
@@ -167,11 +176,12 @@ def _taken(model: Any, kind: str, what: str, dtype: torch.dtype | str) -> Any:
         raise UserError(f"model must be a name or {what} of transformers, not a {_kind(model)}")
     if (kind == "lm_head") != (model.get_output_embeddings() is not None):
         raise UserError(f"model must be {what}, not a {_kind(model)}")
-    if getattr(model, "is_quantized", False):
-        raise UserError("model is quantized, and its weights are to be trained: load it otherwise")
-    _check_finite(model, "model")
+    is_4bit = check_given(model, four_bit)
+    check_finite(model, "model")
     # in float32 unless other is asked for: steps of 1e-6 would vanish in bfloat16
-    return model if dtype == "auto" else model.to(getattr(torch, str(dtype).split(".")[-1]))
+    return (
+        model if is_4bit or dtype == "auto" else model.to(getattr(torch, str(dtype).split(".")[-1]))
+    )
 
 
 def _kind(model: Any) -> str:
@@ -184,6 +194,7 @@ def load_classifier(
     gradient_checkpointing: bool = False,
     dropout: bool = True,
     new_head: str | None = None,
+    four_bit: torch.dtype | str | None = None,
     **options: Any,
 ) -> Any:
     """A model that gives a sequence one score, to train; otherwise like `load_policy`.
@@ -199,18 +210,18 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
 
     if not isinstance(name_or_path, str):
-        model = _taken(name_or_path, "score", "a sequence classifier", dtype)
+        what = "a sequence classifier"
+        model = _taken(name_or_path, "score", what, dtype, four_bit is not None)
         _check_score(model, type(model).__name__)
         return _to_train(model, gradient_checkpointing, dropout)
-    model, loaded = _load_model(
-        AutoModelForSequenceClassification, name_or_path, dtype=dtype, num_labels=1, **options
-    )
+    options |= {"dtype": dtype, "num_labels": 1}
+    model, fit = _load_model(AutoModelForSequenceClassification, name_or_path, four_bit, **options)
     head = _check_score(model, name_or_path)
-    missing = loaded.missing
+    missing = fit.missing
     if new_head is not None:
-        missing = {name: why for name, why in missing.items() if not _is_new_head(name) or why}
-    _check_whole(model, name_or_path, missing)
-    if new_head == "zero" and len(missing) < len(loaded.missing):
+        missing = {name: why for name, why in missing.items() if not is_new_head(name) or why}
+    check_whole(model, name_or_path, missing)
+    if new_head == "zero" and len(missing) < len(fit.missing):
         torch.nn.init.zeros_(head.weight)
     return _to_train(model, gradient_checkpointing, dropout)
 
@@ -226,67 +237,31 @@ def _check_score(model: Any, name: str) -> torch.nn.Linear:
     return head
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """How a checkpoint's weights and a model's fit each other."""
-
-    missing: dict[str, str]  # drawn at random; why, where the checkpoint has one that does not fit
-    unused: set[str]  # in the checkpoint alone
-
-
-def _load_model(auto_class: Any, name_or_path: str, **options: Any) -> tuple[Any, _Loaded]:
+def _load_model(
+    auto_class: Any, name_or_path: str, four_bit: torch.dtype | str | None, **options: Any
+) -> tuple[Any, Fit]:
     """The model; of an adapter's directory the model it was trained on, with it merged in."""
     base = base_of_adapter(name_or_path)
+    if four_bit is not None:
+        options |= loading_in_4bit(name_or_path, options.get("trust_remote_code") or False)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _without_load_report():
+    with without_load_report():
         if base is None:
-            model, info = _load(auto_class, "model", name_or_path, **options)
-            _check_finite(model, name_or_path)
-            return model, _fit(info)
+            model, info = from_pretrained(auto_class, "model", name_or_path, **options)
+            check_finite(model, name_or_path)
+            if four_bit is not None:
+                made_trainable(model, model.dtype if four_bit == "auto" else four_bit)
+            return model, fit_of(info)
         try:
-            model, info = _load(auto_class, "model", base, **options)
+            model, info = from_pretrained(auto_class, "model", base, **options)
         except UserError as error:
             raise UserError(
                 f"the adapter in {name_or_path!r} needs the model it was trained on: {error}"
             ) from error
-        loaded, of_adapter = _fit(info), _fit(load_adapter(model, name_or_path))
-    missing = {name: why for name, why in loaded.missing.items() if not is_brought(model, name)}
-    _check_finite(model, name_or_path)
-    return merge_adapter(model), _Loaded(missing | of_adapter.missing, of_adapter.unused)
-
-
-def _fit(info: dict[str, Any]) -> _Loaded:
-    """transformers' loading info in our words."""
-    shapes = {
-        name: f"{tuple(theirs)}, not {tuple(ours)}"
-        for name, theirs, ours in info["mismatched_keys"]
-    }
-    return _Loaded(dict.fromkeys(info["missing_keys"], "") | shapes, set(info["unexpected_keys"]))
-
-
-def _check_finite(model: Any, name_or_path: str) -> None:
-    """Raise UserError where a weight is NaN or infinite: nothing could be trained from there."""
-    found = first_not_finite(model.named_parameters())
-    if found is not None:
-        raise UserError(
-            f"{name_or_path!r} holds a broken model: its weight {found[0]} has a {found[1]}"
-        )
-
-
-def _is_new_head(name: str) -> bool:
-    return name.split(".")[0] == NEW_HEAD
-
-
-def _check_whole(model: Any, name_or_path: str, missing: dict[str, str]) -> None:
-    """Raise UserError where weights would be those that were drawn just now."""
-    if not missing:
-        return
-    names = [f"{name} ({why})" if why else name for name, why in sorted(missing.items())]
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    raise UserError(
-        f"{name_or_path!r} does not hold all weights of a {type(model).__name__}: it lacks "
-        f"{', '.join(names[:3])}{rest}, which would be random; choose a checkpoint that has them"
-    )
+        fit, of_adapter = fit_of(info), fit_of(load_adapter(model, name_or_path))
+    missing = {name: why for name, why in fit.missing.items() if not is_brought(model, name)}
+    check_finite(model, name_or_path)
+    return merge_adapter(model), Fit(missing | of_adapter.missing, of_adapter.unused)
 
 
 def _to_train(model: Any, gradient_checkpointing: bool, dropout: bool) -> Any:
@@ -310,57 +285,3 @@ def load_reference(
     if not isinstance(name_or_path, str):
         return copy.deepcopy(name_or_path).eval().requires_grad_(False)
     return load_policy(name_or_path, dtype, dropout=False, **options).eval().requires_grad_(False)
-
-
-def _load(auto_class: Any, what: str, name_or_path: str, **options: Any) -> Any:
-    path = Path(name_or_path)
-    # A path that is not there would be asked for on the hub, with a message about repositories.
-    looks_local = path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1
-    if path.is_file():
-        raise UserError(f"no {what} at {name_or_path!r}: it is a file, not a model's directory")
-    if looks_local and not path.is_dir():
-        raise UserError(f"no {what} at {name_or_path!r}: there is no such directory")
-    try:
-        with no_progress_bars():
-            given = {name: value for name, value in options.items() if value is not None}
-            return auto_class.from_pretrained(name_or_path, **{"trust_remote_code": False} | given)
-    except Exception as error:
-        # Everything from a missing file to a broken header: transformers knows many error types.
-        reason = _why_not_loaded(path, error)
-        raise UserError(f"cannot load a {what} from {name_or_path!r}: {reason}") from error
-
-
-def _why_not_loaded(path: Path, error: Exception) -> str:
-    """What the user can see to; without a configuration transformers speaks of anything else."""
-    if not path.is_dir():
-        return f"there is no such directory here, and as a name on the hub: {reason_of(error)}"
-    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return "the directory has no config.json, so it holds no model"
-    return reason_of(error)
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """transformers without its bars, which would tear a run's own display."""
-    from transformers.utils import logging as hf_logging
-
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """transformers without its table of weights that are missing or left over, seen to here."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)

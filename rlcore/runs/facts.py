@@ -13,14 +13,14 @@ PACKAGES = ("rlcore", "torch", "triton", "transformers", "accelerate", "peft", "
 
 def facts_of(model: Any, rows: int | None) -> dict[str, Any]:
     """{"started", "command", "versions", "model", "parameters", "trained_parameters", "rows"}."""
-    parameters = list(model.parameters())
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": _command(),
         "versions": _versions(),
         "model": type(model).__name__,
-        "parameters": sum(p.numel() for p in parameters),
-        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        # one byte holds two of those in 4 bit
+        "parameters": model.num_parameters(),
+        "trained_parameters": model.num_parameters(only_trainable=True),
         "rows": rows,
     }
 

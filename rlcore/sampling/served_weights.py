@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlcore.models.adapters import has_adapter, merge_adapter
-from rlcore.models.loading import no_progress_bars
+from rlcore.models.pretrained import no_progress_bars
 
 HEAD_FILE = "head.safetensors"
 BODY_FILE = "body.safetensors"

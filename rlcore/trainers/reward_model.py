@@ -78,7 +78,7 @@ def train_reward_model(config: RewardModelConfig, **given: Unpack[Given]) -> Res
         gradient_checkpointing=config.gradient_checkpointing,
         dropout=False,
         new_head="random",
-        **config.loading,
+        **config.policy_loading,
     )
     data.check_models(tokenizer, model)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -108,7 +108,7 @@ def write_model(directory: Path, case: Case) -> str:
     import transformers
 
     from rlcore.demo.arithmetic import make_tokenizer
-    from rlcore.models.loading import no_progress_bars
+    from rlcore.models.pretrained import no_progress_bars
 
     tokenizer = make_tokenizer()
     config = transformers.Qwen2Config(
@@ -164,7 +164,7 @@ def gradient_error(model: Any, truth: list[Tensor]) -> float:
 def _load(directory: str, device: torch.device) -> Any:
     import transformers
 
-    from rlcore.models.loading import no_progress_bars
+    from rlcore.models.pretrained import no_progress_bars
 
     with no_progress_bars():
         model = transformers.AutoModelForCausalLM.from_pretrained(

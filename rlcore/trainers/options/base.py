@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
 
 from rlcore.errors import UserError, unknown_name
 from rlcore.models.adapters import ALL_LINEAR, is_adapter, require_peft
+from rlcore.models.quantized import require_bitsandbytes
 from rlcore.runs.checked import Checked
 from rlcore.runs.hub import check_hub
 from rlcore.runs.options import OBJECT, REQUIRED, default_of
@@ -77,6 +81,7 @@ class TrainConfig(LoadConfig, Checked):
     lora_r: Count = 16  # the adapter's rank
     lora_alpha: Positive = 32.0  # the adapter's output is scaled by lora_alpha / lora_r
     lora_dropout: BelowOne = 0.0  # dropout before the adapter
+    load_in_4bit: bool = False  # hold the frozen weights in 4 bit (QLoRA)
     # endings of the names of the layers to adapt; all-linear: all but the output head
     lora_target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
 
@@ -101,6 +106,12 @@ class TrainConfig(LoadConfig, Checked):
     report_to: list[str] = field(default_factory=list)
     run_name: str | None = None  # in those trackers; None: the output directory's name
     push_to_hub: str | None = None  # repository on the hub for the finished model, as owner/name
+
+    @property
+    def policy_loading(self) -> dict[str, Any]:
+        """What the functions that load models take for the one to train."""
+        compute = torch.bfloat16 if self.bf16 else "auto"
+        return self.loading | {"four_bit": compute if self.load_in_4bit else None}
 
     @property
     def eval_batch_size(self) -> int:
@@ -144,6 +155,8 @@ def _check_evaluation(config: TrainConfig) -> None:
 
 
 def _check_adapter(config: TrainConfig) -> None:
+    if config.load_in_4bit:
+        _check_4bit(config)
     if config.peft is None:
         for each in fields(config):
             is_set = getattr(config, each.name) != default_of(each)
@@ -170,3 +183,17 @@ def _check_adapter(config: TrainConfig) -> None:
             f"model {config.model!r} is an adapter, and peft would put another on it: make it a "
             "whole model first with `rlcore merge`"
         )
+
+
+def _check_4bit(config: TrainConfig) -> None:
+    if config.peft is None:
+        raise UserError(
+            "load_in_4bit freezes the weights, and without an adapter none would be trained: add "
+            "--peft lora, or leave it out"
+        )
+    if getattr(config, "sampler", "local") != "local":
+        raise UserError(
+            "load_in_4bit goes with sampler local: a server samples from whole weights, and the "
+            "policy's are rounded to 4 bit"
+        )
+    require_bitsandbytes()

@@ -14,7 +14,7 @@ import torch
 
 import rlcore as rl
 from rlcore.models.forward import completion_outputs, evaluating
-from rlcore.models.loading import no_progress_bars
+from rlcore.models.pretrained import no_progress_bars
 from rlcore.models.value_model import ValueHead, load_value_model, watched
 from rlcore.runs.atomic import staged_file
 from rlcore.runs.checkpoint import save_model

@@ -131,7 +131,7 @@ def policy_of(config: TrainConfig, *, dropout: bool = True) -> Any:
         config.model,
         gradient_checkpointing=config.gradient_checkpointing,
         dropout=dropout,
-        **config.loading,
+        **config.policy_loading,
     )
     dtype = next(model.parameters()).dtype
     if dtype == torch.float16:

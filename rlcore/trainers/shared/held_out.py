@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore.errors import unknown_name
-from rlcore.models.loading import no_progress_bars
+from rlcore.models.pretrained import no_progress_bars
 from rlcore.runs import checkpoint
 from rlcore.runs.display import higher_is_better
 from rlcore.runs.output_dir import BEST

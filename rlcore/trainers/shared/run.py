@@ -161,6 +161,8 @@ def start_run(
     `beside` prepares what else the run trains and its checkpoints are to hold; `data` is what it
     trains on, row by row; `notes` are what the user should know of it.
     """
+    if config.load_in_4bit and str(accelerator.distributed_type).endswith("FSDP"):
+        raise UserError("load_in_4bit: weights in 4 bit cannot be sharded; launch without FSDP")
     if config.peft is not None:
         add_lora(
             model,

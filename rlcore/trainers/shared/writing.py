@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlcore.errors import TrainingStopped, UserError
-from rlcore.models.loading import no_progress_bars
+from rlcore.models.pretrained import no_progress_bars
 from rlcore.runs import checkpoint, output_dir
 from rlcore.runs.atomic import remove_leftovers
 from rlcore.runs.config import plain_values, save_config
