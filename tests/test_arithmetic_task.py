@@ -21,27 +21,33 @@ from rlcore.demo.arithmetic import (
     accuracy,
     correct,
     demonstrate,
-    dpo_config,
-    grpo_config,
     make_problem,
     make_task,
+    shuffled,
+    split_triples,
+    triples,
+    with_first_step,
+)
+from rlcore.demo.recipes import (
+    distill_config,
+    dpo_config,
+    grpo_config,
+    kto_config,
     pg_config,
     ppo_config,
     reward_model_config,
     sft_config,
-    shuffled,
-    split_triples,
-    triples,
     trpo_config,
-    with_first_step,
 )
 from rlcore.runs.config import load_config
 from rlcore.sampling import rollout
 from rlcore.sampling.rewards import compute_rewards, load_reward
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.options.base import check_train_config
+from rlcore.trainers.options.distill import check_distill_config
 from rlcore.trainers.options.dpo import check_dpo_config
 from rlcore.trainers.options.grpo import check_grpo_config
+from rlcore.trainers.options.kto import check_kto_config
 from rlcore.trainers.options.pg import check_pg_config
 from rlcore.trainers.options.ppo import check_ppo_config
 from rlcore.trainers.options.trpo import check_trpo_config
@@ -257,6 +263,16 @@ def test_the_trainers_run_on_it_as_on_any_data(task, tmp_path):
             "dpo",
             dpo_config(PAIRS, BASE / "sft", BASE / "dpo"),
             lambda config: check_dpo_config(config, 0),
+        ),
+        (
+            "kto",
+            kto_config(PAIRS, BASE / "sft", BASE / "kto"),
+            check_kto_config,
+        ),
+        (
+            "distill",
+            distill_config(PATHS, BASE / "sft", BASE / "grpo", BASE / "distill"),
+            lambda config: check_distill_config(config, 1),
         ),
         (
             "reward_model",

@@ -9,7 +9,7 @@ import json
 import pytest
 from rich.console import Console
 
-from rlcore.demo import arithmetic
+from rlcore.demo import arithmetic, recipes
 from rlcore.demo.demo import DemoConfig, run_demo
 from rlcore.errors import UserError
 
@@ -17,7 +17,7 @@ from rlcore.errors import UserError
 @pytest.fixture
 def short(monkeypatch):
     """The task and the recipes, cut down to a few rows and steps."""
-    make_task, sft, grpo = arithmetic.make_task, arithmetic.sft_config, arithmetic.grpo_config
+    make_task, sft, grpo = arithmetic.make_task, recipes.sft_config, recipes.grpo_config
 
     def small_task(directory, seed):
         return make_task(directory, seed, sft_rows=32, train_rows=16, test_rows=4)
@@ -33,8 +33,8 @@ def short(monkeypatch):
         )
 
     monkeypatch.setattr(arithmetic, "make_task", small_task)
-    monkeypatch.setattr(arithmetic, "sft_config", short_sft)
-    monkeypatch.setattr(arithmetic, "grpo_config", short_grpo)
+    monkeypatch.setattr(recipes, "sft_config", short_sft)
+    monkeypatch.setattr(recipes, "grpo_config", short_grpo)
 
 
 def test_the_demo_shows_before_and_after_and_says_where_everything_is(short, tmp_path):

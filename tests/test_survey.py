@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlcore.demo import arithmetic, survey, survey_report
+from rlcore.demo import arithmetic, recipes, survey, survey_report
 from rlcore.demo.demo import DemoConfig, demo
 from rlcore.demo.survey import METHODS, SAMPLES, Measurement, Outcome, run_survey
 from rlcore.demo.survey_report import Survey, show
@@ -24,7 +24,7 @@ from rlcore.trainers.dpo import DPOConfig
 def short(monkeypatch):
     """The task and the recipes, cut down to a few rows and steps."""
     make_task = arithmetic.make_task
-    sft, reward_model = arithmetic.sft_config, arithmetic.reward_model_config
+    sft, reward_model = recipes.sft_config, recipes.reward_model_config
 
     def cut(recipe):
         def shortened(*arguments):
@@ -46,8 +46,8 @@ def short(monkeypatch):
         lambda *arguments: make_task(*arguments, sft_rows=256, train_rows=32, test_rows=8),
     )
     monkeypatch.setattr(arithmetic, "make_pairs", _pairs_by_hand)
-    monkeypatch.setattr(arithmetic, "sft_config", short_sft)
-    monkeypatch.setattr(arithmetic, "reward_model_config", short_reward_model)
+    monkeypatch.setattr(recipes, "sft_config", short_sft)
+    monkeypatch.setattr(recipes, "reward_model_config", short_reward_model)
     monkeypatch.setattr(survey, "MEASUREMENTS", 2)
     monkeypatch.setattr(survey, "KL_ROWS", 8)
     for name, method in METHODS.items():

@@ -87,7 +87,7 @@ def run_demo(config: DemoConfig, *, console: Console | None = None) -> dict[str,
     console.print(_heading(1, "making problems, tokenizer and a model with random weights"))
     with console.status("loading torch and transformers"):
         # imported here, so that the lines above stand there at once
-        from rlcore.demo import arithmetic
+        from rlcore.demo import recipes
         from rlcore.trainers.grpo import train_grpo
         from rlcore.trainers.sft import train_sft
 
@@ -96,11 +96,11 @@ def run_demo(config: DemoConfig, *, console: Console | None = None) -> dict[str,
     console.print(f"  {len(exam.rows)} are held out, such as: {example}\n", soft_wrap=True)
 
     console.print(_heading(2, "supervised warm-up on imperfect demonstrations"))
-    sft = train_sft(_replacing(arithmetic.sft_config(task, directory / "sft", config.seed)))
+    sft = train_sft(_replacing(recipes.sft_config(task, directory / "sft", config.seed)))
     scores = {"sft": _score(console, sft.model, exam)}
 
     console.print(_heading(3, "GRPO on the verifier's reward"))
-    grpo_config = arithmetic.grpo_config(task, sft.output_dir, directory / "grpo", config.seed)
+    grpo_config = recipes.grpo_config(task, sft.output_dir, directory / "grpo", config.seed)
     grpo = train_grpo(_replacing(grpo_config))
     scores["grpo"] = _score(console, grpo.model, exam)
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import rlcore as rl
 from rlcore.demo import arithmetic as task
-from rlcore.demo import survey_report
+from rlcore.demo import recipes, survey_report
 from rlcore.demo.survey_report import Survey
 from rlcore.models.forward import completion_logits
 from rlcore.models.loading import load_reference, load_tokenizer
@@ -90,7 +90,7 @@ def _on_prompts(make: Callable[..., Any], **options: Any) -> Callable[[Start, Pa
 
 
 def _on_pairs(start: Start, output_dir: Path, seed: int) -> Any:
-    return task.dpo_config(start.pairs, start.sft, output_dir, seed)
+    return recipes.dpo_config(start.pairs, start.sft, output_dir, seed)
 
 
 def _on_reward_model(make: Callable[..., Any]) -> Callable[[Start, Path, int], Any]:
@@ -102,18 +102,18 @@ def _on_reward_model(make: Callable[..., Any]) -> Callable[[Start, Path, int], A
 
 VERIFIER, MODEL = "verifier", "reward model"
 METHODS = {
-    "pg": Method("PG", VERIFIER, train_pg, _on_prompts(task.pg_config)),
-    "trpo": Method("TRPO", VERIFIER, train_trpo, _on_prompts(task.trpo_config)),
+    "pg": Method("PG", VERIFIER, train_pg, _on_prompts(recipes.pg_config)),
+    "trpo": Method("TRPO", VERIFIER, train_trpo, _on_prompts(recipes.trpo_config)),
     "ppo_penalty": Method(
-        "PPO-penalty", VERIFIER, train_ppo, _on_prompts(task.ppo_config, kl_mode="penalty")
+        "PPO-penalty", VERIFIER, train_ppo, _on_prompts(recipes.ppo_config, kl_mode="penalty")
     ),
-    "ppo_clip": Method("PPO-clip", VERIFIER, train_ppo, _on_prompts(task.ppo_config)),
-    "grpo": Method("GRPO", VERIFIER, train_grpo, _on_prompts(task.grpo_config)),
+    "ppo_clip": Method("PPO-clip", VERIFIER, train_ppo, _on_prompts(recipes.ppo_config)),
+    "grpo": Method("GRPO", VERIFIER, train_grpo, _on_prompts(recipes.grpo_config)),
     "ppo_reward_model": Method(
-        "PPO-clip", MODEL, train_ppo, _on_reward_model(task.ppo_reward_model_config)
+        "PPO-clip", MODEL, train_ppo, _on_reward_model(recipes.ppo_reward_model_config)
     ),
     "grpo_reward_model": Method(
-        "GRPO", MODEL, train_grpo, _on_reward_model(task.grpo_reward_model_config)
+        "GRPO", MODEL, train_grpo, _on_reward_model(recipes.grpo_reward_model_config)
     ),
     "dpo": Method("DPO", "pairs", train_dpo, _on_pairs),
 }
@@ -161,12 +161,12 @@ def _make_start(console: Console, home: Path, seed: int) -> tuple[Start, float]:
         with staged(home / "task") as directory:
             task.make_task(directory, seed)
     paths = task.task_paths(home / "task")
-    sft = _trained(train_sft, task.sft_config(paths, home / "sft", seed))
+    sft = _trained(train_sft, recipes.sft_config(paths, home / "sft", seed))
     if not (home / "pairs").is_dir():
         with staged(home / "pairs") as directory:
             task.make_pairs(paths, sft, directory, seed)
     pairs = task.pair_paths(home / "pairs")
-    config = task.reward_model_config(pairs, sft, home / "reward_model", seed)
+    config = recipes.reward_model_config(pairs, sft, home / "reward_model", seed)
     start = Start(paths, sft, pairs, _trained(train_reward_model, config))
     last = read_metrics(start.reward_model / METRICS_FILE)[-1]
     return start, last["eval/accuracy"]
