@@ -1,10 +1,11 @@
-"""Chat messages as the text that a tokenizer's template makes of them."""
+"""Chat messages as the text that a tokenizer's template makes of them and of their tools."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from rlcore.data.tools import tools_of
 from rlcore.errors import UserError, reason_of
 
 _VARIABLES = "_rlcore_template_variables"  # of a tokenizer: what its template is given
@@ -62,7 +63,7 @@ def _conversation(prompt: list[dict], completion: list[dict]) -> list[dict]:
     """All messages; the completion's first goes on in the assistant's turn that was begun."""
     if not goes_on(prompt):
         return prompt + completion
-    *earlier, begun = prompt
+    begun = prompt[-1]
     texts = [message.get("content") for message in (begun, *completion[:1])]
     is_answer = [message["role"] for message in completion[:1]] == ["assistant"]
     if not is_answer or not all(isinstance(text, str) for text in texts):
@@ -71,7 +72,8 @@ def _conversation(prompt: list[dict], completion: list[dict]) -> list[dict]:
             "text of another: end the prompt with the message before"
         )
     merged = {k: v for m in (begun, completion[0]) for k, v in m.items() if v is not None}
-    return [*earlier, merged | {"content": "".join(texts)}, *completion[1:]]
+    answer = [merged | {"content": "".join(texts)}, *completion[1:]]
+    return prompt[:-1] + answer
 
 
 def rendered(tokenizer: Any, messages: list[dict], **options: Any) -> str:
@@ -81,7 +83,7 @@ def rendered(tokenizer: Any, messages: list[dict], **options: Any) -> str:
         UserError: there is no template.
     """
     _check_template(tokenizer)
-    variables = getattr(tokenizer, _VARIABLES, {})
+    variables = _variables(tokenizer, messages)
     return tokenizer.apply_chat_template(messages, tokenize=False, **variables, **options)
 
 
@@ -96,11 +98,16 @@ def marked(tokenizer: Any, messages: list[dict]) -> tuple[str, list[tuple[int, i
     _check_template(tokenizer)
     (text,), (spans,) = render_jinja_template(
         [messages],
-        chat_template=tokenizer.get_chat_template(),
+        chat_template=tokenizer.get_chat_template(tools=tools_of(messages)),
         return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map | getattr(tokenizer, _VARIABLES, {}),
+        **tokenizer.special_tokens_map | _variables(tokenizer, messages),
     )
     return text, spans
+
+
+def _variables(tokenizer: Any, messages: list[dict]) -> dict[str, Any]:
+    """What the template is given besides the messages: their tools, and what was set."""
+    return {"tools": tools_of(messages)} | getattr(tokenizer, _VARIABLES, {})
 
 
 def _check_template(tokenizer: Any) -> None:

@@ -2,11 +2,12 @@
 
 A row is TRL's: {"prompt", ...} for a policy to complete, {"prompt", "completion"}, {"text"} or
 {"messages"} to imitate, {"prompt", "chosen", "rejected"} to prefer; prompts and completions are
-text or chat messages.
+text or chat messages, and then "tools" may stand beside them.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from rlcore.data.names import parts_of
 from rlcore.data.readers import OPENERS, READERS, file_type, read_file
 from rlcore.data.rows import Rows, joined
+from rlcore.data.tools import TOOLS, read_tools, told_of_tools
 from rlcore.errors import UserError
 
 SFT_COLUMNS = (("prompt", "completion"), ("text",), ("messages",))
@@ -64,7 +66,10 @@ def load_rows(
         rows = rows.renamed(prompt_column, "prompt")
     if not len(rows):
         raise UserError(f"{path_or_name}: the file has no rows")
-    rows.group = _check(rows, groups)
+    group = _check(rows, groups)
+    if TOOLS in rows.column_names:
+        rows = rows.mapped(functools.partial(told_of_tools, names=group))
+    rows.group = group
     return rows
 
 
@@ -105,7 +110,15 @@ def _check(rows: Rows, groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
                     f"{rows.where(index)}: {name!r} must be text or a list of messages "
                     f'[{{"role": ..., "content": ...}}], not {row[name]!r:.80}'
                 )
+        try:
+            read_tools(row.get(TOOLS) if _has_messages(row, groups[0]) else None)
+        except UserError as error:
+            raise UserError(f"{rows.where(index)}: {error}") from error
     return groups[0]
+
+
+def _has_messages(row: dict[str, Any], group: tuple[str, ...]) -> bool:
+    return any(isinstance(row[name], list) for name in group)
 
 
 def _lacking(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> str:

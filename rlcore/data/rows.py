@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import copy
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,9 +79,16 @@ class Rows:
     def renamed(self, old: str, new: str) -> Rows:
         """The same rows with a column called otherwise, in place of one that has its new name."""
         names = dict.fromkeys(new if name == old else name for name in self.column_names)
-        rows = Rows(_Renamed(self._rows, old, new), self._parts, names)
-        rows.notes = self.notes
+        rows = self.mapped(functools.partial(_renamed, old, new), names)
         rows.null_fields = tuple(new if name == old else name for name in self.null_fields)
+        return rows
+
+    def mapped(
+        self, change: Callable[[Any], dict[str, Any]], names: Iterable[str] | None = None
+    ) -> Rows:
+        """The same rows as `change` has each; `names` are their columns, None: those of before."""
+        rows = Rows(_Mapped(self._rows, change), self._parts, names or self._names)
+        rows.notes, rows.null_fields = self.notes, self.null_fields
         return rows
 
     def part(self, start: int, stop: int) -> Rows:
@@ -105,26 +113,26 @@ class Rows:
         return {name: value for name, value in row.items() if name in self._names}
 
 
-class _Renamed(Sequence):
-    """Rows with one column called otherwise."""
+class _Mapped(Sequence):
+    """Rows as `change` has each, when it is asked for."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], old: str, new: str):
-        self._rows, self._old, self._new = rows, old, new
+    def __init__(self, rows: Sequence[Mapping[str, Any]], change: Callable[[Any], dict[str, Any]]):
+        self._rows, self._change = rows, change
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._row(self._rows[index])
+        return self._change(self._rows[index])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self._row, self._rows)
+        return map(self._change, self._rows)
 
-    def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        if self._old not in row:
-            return {name: value for name, value in row.items() if name != self._new}
-        renamed = {name: value for name, value in row.items() if name not in (self._old, self._new)}
-        return {self._new: row[self._old], **renamed}
+
+def _renamed(old: str, new: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    if old not in row:
+        return {name: value for name, value in row.items() if name != new}
+    return {new: row[old], **{name: row[name] for name in row if name not in (old, new)}}
 
 
 def joined(pieces: Sequence[Rows]) -> Rows:

@@ -1,8 +1,8 @@
 """Data that the datasets library reads: Arrow tables, and directories and hub names with splits.
 
 A table knows one type for a column, so whoever wrote it gave every nested object the fields of all
-others. In chat messages, which a template writes out, a field that is null is taken to be absent;
-elsewhere values stay as the table has them.
+others. In chat messages and tools, which a template writes out, a field that is null is taken to be
+absent; elsewhere values stay as the table has them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pyarrow import types
 
 from rlcore.data.readers import READERS, file_type, read_file
 from rlcore.data.rows import Part, Rows, joined
+from rlcore.data.tools import TOOLS
 from rlcore.errors import UserError, reasons_of
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -142,26 +143,27 @@ def _explained(name: str) -> Iterator[None]:
 
 def _rows(dataset: Any, source: str) -> Rows:
     schema = dataset.features.arrow_schema
+    written = {f.name: f.type for f in schema if _is_chat(f.type) or f.name == TOOLS}
     rows = Rows(
-        _Table(dataset, {field.name: field.type for field in schema if _is_chat(field.type)}),
+        _Table(dataset, written),
         [Part(source, "row", range(1, len(dataset) + 1))],
         dataset.column_names,
     )
     rows.null_fields = tuple(
         field.name
         for field in schema
-        if not _is_chat(field.type)
+        if field.name not in written
         and any(map(_has_null_fields, dataset.data.column(field.name).chunks))
     )
     return rows
 
 
 class _Table(Sequence):
-    """A dataset as rows, with the messages of `chats`' columns, {name: type}, cleaned."""
+    """A dataset as rows, with what a template writes, columns of {name: type}, cleaned."""
 
-    def __init__(self, dataset: Any, chats: dict[str, pa.DataType]):
+    def __init__(self, dataset: Any, written: dict[str, pa.DataType]):
         self._dataset = dataset
-        self._chats = chats
+        self._written = written
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -173,7 +175,7 @@ class _Table(Sequence):
         return map(self._cleaned, self._dataset)
 
     def _cleaned(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row | {name: _clean(row[name], kind) for name, kind in self._chats.items()}
+        return row | {name: _clean(row[name], kind) for name, kind in self._written.items()}
 
 
 def _is_list(kind: pa.DataType) -> bool:
