@@ -58,7 +58,9 @@ def check_distill_config(config: DistillConfig, reward_count: int) -> None:
     check_ranges(config)
     check_unused(config, "the teacher is the one model to compare with", "ref_model")
     corrections = [f"importance_sampling_{name}" for name in ("correction", "clip_max", "clip_min")]
-    check_unused(config, "a divergence of whole distributions is not weighed", *corrections)
+    check_unused(
+        config, "a divergence of whole distributions is not weighed", "rejection", *corrections
+    )
     check_unused(
         config, "rewards measure here, and teach nothing", "normalize_rewards",
         "missing_eos_penalty",

@@ -117,6 +117,10 @@ def _check_online(config: DPOConfig, reward_count: int) -> None:
             "importance_sampling_correction weighs tokens, and a preference loss has pairs: leave "
             "it out"
         )
+    if config.rejection is not None:
+        raise UserError(
+            "rejection leaves tokens out, and a preference loss has pairs: leave it out"
+        )
     if config.precompute_ref_log_probs:
         raise UserError("precompute_ref_log_probs needs pairs that are there: leave out --online")
     check_sampling_config(config, reward_count, weight="loss_type")

@@ -15,6 +15,12 @@ from rlcore.trainers.options.reward import RewardConfig, check_reward_options
 COMPLETIONS_FORMATS = ("jsonl", "parquet")
 SAMPLERS = ("local", "vllm")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none")
+# LEVEL_KIND or LEVEL_REDUCTION_KIND of rl.rejection_mask
+REJECTIONS = (
+    *("token_k1", "token_k2", "token_k3", "sequence_sum_k1", "sequence_sum_k2", "sequence_sum_k3"),
+    *("sequence_mean_k1", "sequence_mean_k2", "sequence_mean_k3"),
+    *("sequence_max_k2", "sequence_max_k3"),
+)
 
 
 @dataclass(kw_only=True)
@@ -50,6 +56,12 @@ class SamplingConfig(RewardConfig, TrainConfig):
     importance_sampling_correction: str | None = None
     importance_sampling_clip_max: Positive = 3.0  # their upper bound
     importance_sampling_clip_min: NotNegative = 0.0  # and their lower one
+    # what the surrogate leaves out where r, policy over sampler, is out of bounds: token_k1 (r),
+    # token_k2 ((log r)^2 / 2), token_k3 (r - 1 - log r), or all of a completion by its tokens:
+    # sequence_sum_k1, sequence_mean_k1, the same with k2 and k3, sequence_max_k2, sequence_max_k3
+    rejection: str | None = None
+    rejection_upper: Positive | None = None  # the bound; None: none
+    rejection_lower: Positive | None = None  # of k1 alone; None: none
 
     # Use of the rewards
 
@@ -165,6 +177,7 @@ def _check_sampler(config: SamplingConfig) -> None:
 
 
 def _check_correction(config: SamplingConfig) -> None:
+    _check_rejection(config)
     chosen = config.importance_sampling_correction
     if chosen not in (None, *CORRECTIONS):
         raise unknown_name("importance_sampling_correction", chosen, CORRECTIONS)
@@ -182,3 +195,26 @@ def _check_correction(config: SamplingConfig) -> None:
                     f"{each.name} is set, but nothing is corrected: set "
                     "importance_sampling_correction too, or leave it out"
                 )
+
+
+def _check_rejection(config: SamplingConfig) -> None:
+    chosen, low, high = config.rejection, config.rejection_lower, config.rejection_upper
+    if chosen is None:
+        for name in ("rejection_lower", "rejection_upper"):
+            if getattr(config, name) is not None:
+                raise UserError(
+                    f"{name} is set, but nothing is rejected: set rejection too, or leave it out"
+                )
+        return
+    if chosen not in REJECTIONS:
+        raise unknown_name("rejection", chosen, REJECTIONS)
+    is_ratio = chosen.endswith("k1")
+    if low is not None and not is_ratio:
+        raise UserError(
+            f"rejection_lower bounds ratios, and rejection {chosen} is a distance: leave it out"
+        )
+    if low is None and high is None:
+        lower = " or rejection_lower" if is_ratio else ""
+        raise UserError(f"rejection {chosen} needs rejection_upper{lower}: set a bound")
+    if low is not None and high is not None and low > high:
+        raise UserError(f"rejection_lower ({low:g}) must not be above rejection_upper ({high:g})")

@@ -9,6 +9,8 @@ import torch
 
 from rlcore.errors import UserError
 from rlcore.functional.corrections import importance_weights
+from rlcore.functional.masks import rejection_mask
+from rlcore.trainers.options.sampling import SamplingConfig
 from rlcore.trainers.shared.experience import Experience
 from rlcore.trainers.shared.policies import Policy, completion_logp
 from rlcore.trainers.shared.run import Run
@@ -25,7 +27,7 @@ def compared(run: Run, experience: Experience) -> tuple[Experience, dict[str, fl
             average although it truncates nothing.
     """
     config = run.config
-    if config.sampler == "local" and config.correction == "none":
+    if config.sampler == "local" and config.correction == "none" and config.rejection is None:
         return experience, {}
     logp = completion_logp(run, Policy(run.model, run.head), experience)
     experience = dataclasses.replace(experience, old_logp=logp)
@@ -33,7 +35,7 @@ def compared(run: Run, experience: Experience) -> tuple[Experience, dict[str, fl
     _check_sampler_is_policy(run, metrics["sampling/logp_difference/mean"])
     if config.sampler != "local":
         metrics["sampling/resampled"] = _everyone(run, float(run.sampler.resampled))[:, 0].sum()
-    if config.correction != "none":
+    if config.correction != "none" or config.rejection is not None:
         experience, ratios = _corrected(run, experience)
         metrics |= ratios
     return experience, {name: float(value) for name, value in metrics.items()}
@@ -66,9 +68,13 @@ def _check_sampler_is_policy(run: Run, mean: torch.Tensor) -> None:
 
 
 def _corrected(run: Run, experience: Experience) -> tuple[Experience, dict[str, torch.Tensor]]:
-    """The experience with its importance weights, and their metrics over all counted tokens."""
+    """The experience with its importance weights, and their metrics over all counted tokens.
+
+    What is rejected has weight 0.
+    """
     config, mask = run.config, experience.mask
-    level, mode = config.correction.split("_")
+    corrects = config.correction != "none"
+    level, mode = config.correction.split("_") if corrects else ("token", "truncate")
 
     def weights(mode: str, low: float, high: float) -> torch.Tensor:
         options = {"mask": mask, "level": level, "mode": mode, "low": low, "high": high}
@@ -76,25 +82,47 @@ def _corrected(run: Run, experience: Experience) -> tuple[Experience, dict[str, 
 
     ratio = weights("truncate", 0.0, math.inf)
     low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
-    weight = weights(mode, low, high)
+    weight = weights(mode, low, high) if corrects else mask.to(ratio.dtype)
+    bounded = (weight[mask] != ratio[mask]).sum() if corrects else 0
+    keep = _kept(config, experience)
+    weight = weight * keep
     used, counted = weight[mask].double(), ratio[mask].double()
     smallest = counted.min() if len(counted) else math.inf
     largest = counted.max() if len(counted) else 0.0
-    outside = (used != counted).sum()
-    own = (len(counted), counted.sum(), smallest, largest, outside, used.sum(), used.square().sum())
-    count, total, smallest, largest, outside, sums, squares = _everyone(run, *own).unbind(1)
+    own = (len(counted), counted.sum(), smallest, largest, bounded, used.sum())
+    own += (used.square().sum(), (mask & ~keep).sum())
+    count, total, smallest, largest, bounded, sums, squares, lost = _everyone(run, *own).unbind(1)
     tokens = count.sum().clamp(min=1)
     metrics = {
         "sampling/importance_ratio/mean": total.sum() / tokens,
         "sampling/importance_ratio/min": smallest.min().clamp(max=largest.max()),
         "sampling/importance_ratio/max": largest.max(),
         # truncated or dropped
-        "sampling/importance_ratio/bounded": outside.sum() / tokens,
+        "sampling/importance_ratio/bounded": bounded.sum() / tokens,
         # as a share of the tokens, by Kish: (sum of weights)^2 / (tokens * sum of their squares)
         "sampling/effective_sample_size": sums.sum() ** 2
         / (tokens * squares.sum()).clamp(min=1e-12),
     }
+    if config.rejection is not None:
+        metrics["sampling/rejected"] = lost.sum() / tokens
     return dataclasses.replace(experience, importance_ratio=weight), metrics
+
+
+def _kept(config: SamplingConfig, experience: Experience) -> torch.Tensor:
+    """(N, C) bool: the counted tokens that rejection keeps."""
+    if config.rejection is None:
+        return experience.mask
+    level, *reduction, kind = config.rejection.split("_")
+    return rejection_mask(
+        experience.old_logp,
+        experience.sampling_logp,
+        experience.mask,
+        kind=kind,
+        level=level,
+        reduction=reduction[0] if reduction else None,
+        lower=config.rejection_lower,
+        upper=config.rejection_upper,
+    )
 
 
 def _everyone(run: Run, *values: float | torch.Tensor) -> torch.Tensor:
