@@ -90,7 +90,12 @@ def _head_ids(tokenizer: Any, texts: Sequence[str], is_text: Sequence[bool]) -> 
 
 
 def encode_examples(
-    tokenizer: Any, rows: Rows, max_length: int | None = None, *, assistant_only: bool = False
+    tokenizer: Any,
+    rows: Rows,
+    max_length: int | None = None,
+    *,
+    assistant_only: bool = False,
+    may_be_empty: bool = False,
 ) -> Loaded:
     """Rows to imitate, tokenized, as Examples; rows that have or keep no completion are left out.
 
@@ -99,6 +104,7 @@ def encode_examples(
 
     Args:
         assistant_only: of {"messages"} the loss is on what the assistant writes.
+        may_be_empty: no row need be left.
 
     Raises:
         UserError: a row that cannot be encoded, which is named, or no row is left.
@@ -117,7 +123,7 @@ def encode_examples(
             tally.add(f"lose their end to max_length {max_length}", row)
         examples.append(short)
         places.append(row)
-    if not examples:
+    if not examples and not may_be_empty:
         raise UserError(f"no row is left: {'; '.join(tally.notes)}")
     examples.notes = rows.notes + tally.notes
     ids = (example.prompt + example.completion for example in examples)

@@ -57,6 +57,17 @@ def load_rows(
     text = {prompt_column if name == "prompt" else name for name in itertools.chain(*groups)}
     pieces = [_read(name, text, held_out) for name in names]
     rows = pieces[0] if len(pieces) == 1 else joined(pieces)
+    if not len(rows):
+        raise UserError(f"{path_or_name}: the file has no rows")
+    return check_rows(rows, groups, prompt_column)
+
+
+def check_rows(rows: Rows, groups: Sequence[tuple[str, ...]], prompt_column: str) -> Rows:
+    """The rows with the column "prompt" called so, and tools beside their messages.
+
+    Raises:
+        UserError: a row that does not work, which is named.
+    """
     if prompt_column != "prompt":
         if prompt_column not in rows.column_names:
             found = ", ".join(map(repr, rows.column_names))
@@ -64,8 +75,6 @@ def load_rows(
                 f"prompt_column {prompt_column!r} is no column of the data, but {found}"
             )
         rows = rows.renamed(prompt_column, "prompt")
-    if not len(rows):
-        raise UserError(f"{path_or_name}: the file has no rows")
     group = _check(rows, groups)
     if TOOLS in rows.column_names:
         rows = rows.mapped(functools.partial(told_of_tools, names=group))

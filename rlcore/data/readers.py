@@ -44,9 +44,22 @@ def read_file(path: str | Path, name: str | None = None, text: Collection[str] =
         UserError: it is not what its name says, or not UTF-8; the line or row is named.
     """
     name = str(path) if name is None else name
+    found = list(rows_of_file(path, name))
+    numbers, rows = [number for number, _ in found], [row for _, row in found]
+    unit, read = READERS[file_type(name)]
+    if read is _csv_rows:
+        _type_columns(rows, text)
+    return Rows(rows, [Part(name, unit, numbers)])
+
+
+def rows_of_file(path: str | Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of such a file, as it is read; a CSV file's values are text.
+
+    Raises:
+        UserError: what `read_file` raises.
+    """
     unit, read = READERS[file_type(name)]
     opener = OPENERS.get(Path(name).suffix.lower(), open)
-    rows, numbers = [], []
     try:
         # A byte order mark is no part of the text. The CSV reader wants newlines as they are.
         newline = "" if read is _csv_rows else None
@@ -55,15 +68,11 @@ def read_file(path: str | Path, name: str | None = None, text: Collection[str] =
                 if not isinstance(row, dict):
                     place, kind = f"{name}, {unit} {number}", type(row).__name__
                     raise UserError(f"{place}: a row must be a JSON object, not {kind}")
-                numbers.append(number)
-                rows.append(row)
+                yield number, row
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text: {error}") from error
     except BROKEN as error:
         raise UserError(f"{name}: cannot be read: {error}") from error
-    if read is _csv_rows:
-        _type_columns(rows, text)
-    return Rows(rows, [Part(name, unit, numbers)])
 
 
 def _json_lines(lines: TextIO, name: str) -> Iterator[tuple[int, Any]]:

@@ -34,7 +34,7 @@ def read_table(path: str) -> Rows:
     """
     from datasets import load_dataset
 
-    with _explained(path):
+    with explained(path):
         return _rows(load_dataset(TABLES[file_type(path)], data_files=path, split="train"), path)
 
 
@@ -59,10 +59,9 @@ def read_split(
     """
     from datasets import DownloadManager, ReadInstruction, load_dataset, load_dataset_builder
 
-    with _explained(name):
+    with explained(name):
         builder = load_dataset_builder(name, config)
-        splits = builder.config.data_files or builder.info.splits or {}
-        splits = {str(split): files for split, files in splits.items()}
+        splits = _splits(builder)
         split = split or _choose(name, list(splits), held_out)
         if split.partition("[")[0] not in splits:
             known = ", ".join(splits) or "none"
@@ -83,6 +82,23 @@ def read_split(
     return rows
 
 
+def split_of(name: str, config: str | None) -> str:
+    """The split of a directory's or hub dataset to train on.
+
+    Raises:
+        UserError: it is not clear which.
+    """
+    from datasets import load_dataset_builder
+
+    return _choose(name, list(_splits(load_dataset_builder(name, config))), held_out=False)
+
+
+def _splits(builder: Any) -> dict[str, Any]:
+    """{split: files} of a dataset."""
+    found = builder.config.data_files or builder.info.splits or {}
+    return {str(split): files for split, files in found.items()}
+
+
 def read_dataset(dataset: Any, option: str) -> Rows:
     """The rows of a datasets.Dataset, or of a list of dicts, that a caller has in the hand.
 
@@ -101,7 +117,7 @@ def read_dataset(dataset: Any, option: str) -> Rows:
     kind = type(dataset).__name__
     hint = {
         "DatasetDict": f": give one of its splits, as {option}['train']",
-        "IterableDataset": ": give datasets.Dataset.from_list(list(rows))",
+        "IterableDataset": ": say streaming, or give datasets.Dataset.from_list(list(rows))",
         "DataFrame": ": give datasets.Dataset.from_pandas(frame)",
     }
     raise UserError(
@@ -131,7 +147,8 @@ def _has_defaults(config: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
+    """Errors of the library as one of ours."""
     try:
         yield
     except UserError:

@@ -26,6 +26,7 @@ ALIASES = {
     "resume_from_checkpoint": "resume",
     "dataset_prompt_column": "prompt_column",
     "datasets": "dataset",
+    "dataset_streaming": "streaming",
     "activation_checkpointing": "gradient_checkpointing",
     "num_completions_to_print": "log_completions",
     "max_seq_length": "max_length",
@@ -52,12 +53,13 @@ PARAMETERS = {
 }
 # options of ours that not every trainer has
 OF_OTHERS = {
+    "streaming": "sft has it; elsewhere data is read whole, as any row may come next",
     "num_iterations": "grpo has it; ppo has num_ppo_epochs, and pg goes through a batch once",
     "epsilon": "grpo has it; ppo has cliprange, and pg has nothing to clip",
 }
 ANSWERS = {
     "dataset_test_split": "write it into the name: --eval-dataset NAME:CONFIG/SPLIT",
-    "dataset_streaming": "data is read whole, as any row may come next",
+    "dataset_streaming": "sft has --streaming; elsewhere data is read whole",
     "normalize_advantages": "see whiten_advantages, over the batch's tokens",
     "eval_on_start": "an eval_dataset is evaluated at the start too",
     "do_train": "`rlcore train` does",

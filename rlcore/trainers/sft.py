@@ -11,7 +11,8 @@ leaves little padding; with `padding_free` none is left, as a micro-step's seque
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +22,12 @@ import torch
 from rlcore.data.encoding import Batch, Example, collate, encode_examples
 from rlcore.data.loaded import Loaded
 from rlcore.data.loading import SFT_COLUMNS, load_rows
+from rlcore.data.streaming import Stream
+from rlcore.errors import UserError
 from rlcore.models.forward import evaluating
 from rlcore.models.heads import without_padding
-from rlcore.runs.ranges import Length, Natural, Positive
+from rlcore.models.limits import check_extent
+from rlcore.runs.ranges import Count, Length, Natural, Positive
 from rlcore.trainers.options.base import TrainConfig, check_train_config
 from rlcore.trainers.shared.evaluation import show_completions
 from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
@@ -46,6 +50,8 @@ class SFTConfig(TrainConfig):
     max_length: Length | None = 1024  # tokens of a sequence; longer ones are cut at their end
     assistant_only_loss: bool = False  # of rows of messages learn the assistant's turns alone
     padding_free: bool = False  # a micro-step's sequences in one row; wants flash attention
+    streaming: bool = False  # read the data as it is needed; max_steps says when to end
+    shuffle_buffer_size: Count = 1024  # examples among which streaming draws the next
     # greedy completions of held-out prompts to show and keep in completions.jsonl
     log_completions: Natural = 3
     completions_format: str = "jsonl"  # or parquet: at the end they are in completions.parquet too
@@ -65,28 +71,35 @@ def train_sft(config: SFTConfig, **given: Unpack[Given]) -> Result:
     """
     config = with_objects(config, given)
     check_train_config(config)
+    _check_streaming(config)
     accelerator = make_accelerator(config)
     tokenizer = tokenizer_of(config, given)
     data = load_data(config, partial(_load_examples, config, tokenizer))
     examples, held_out = data.train, data.held_out
     model = policy_of(config)
     data.check_models(tokenizer, model)
+    source = examples
+    if config.streaming:
+        check = partial(check_extent, model, tokenizer=tokenizer)
+        source = _stream(config, tokenizer, config.dataset, check=check)
+        # without a number, as it is not that of the data
+        examples = iter(examples)
     local_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     rows = local_rows * accelerator.num_processes
-    steps = total_steps(config, len(examples), rows)
+    steps = config.max_steps if config.streaming else total_steps(config, len(examples), rows)
     run = start_run(config, accelerator, model, tokenizer, steps, data=examples, notes=data.notes)
     if config.padding_free:
         run.head = without_padding(run.head, run.policy)
     with tracking(run, given, "SFT", DISPLAYED) as tracker:
         log, clock = Log(run, tracker), Clock()
         held = HeldOut(run, log, clock, held_out, lambda some: {"eval/loss": _evaluate(run, some)})
+        upcoming = _upcoming(run, source, rows)
         for step in run.steps():
-            chosen = batch_indices(len(examples), rows, step - 1, config.seed)
-            metrics = _train_step(run, step, [examples[index] for index in chosen])
-            tokens = sum(len(examples[index]) for index in chosen)
+            chosen, epoch = next(upcoming)
+            metrics = _train_step(run, step, chosen)
+            tokens = sum(map(len, chosen))
             run.num_tokens += tokens
-            metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens}
-            metrics["epoch"] = step * rows / len(examples)
+            metrics |= clock.lap(tokens) | {"num_tokens": run.num_tokens, "epoch": epoch}
             log.add(step, metrics)
             held.after(step)
             save_if_due(run, step)
@@ -97,10 +110,53 @@ def train_sft(config: SFTConfig, **given: Unpack[Given]) -> Result:
 def _load_examples(
     config: SFTConfig, tokenizer: Any, path_or_name: str | Sequence[str], held_out: bool
 ) -> Loaded:
+    if config.streaming and not held_out:
+        return _stream(config, tokenizer, path_or_name).first()
     column = config.prompt_column
     rows = load_rows(path_or_name, SFT_COLUMNS, held_out=held_out, prompt_column=column)
     assistant_only = config.assistant_only_loss
     return encode_examples(tokenizer, rows, config.max_length, assistant_only=assistant_only)
+
+
+def _stream(config: SFTConfig, tokenizer: Any, source: Any, **options: Any) -> Stream:
+    how = {"max_length": config.max_length, "assistant_only": config.assistant_only_loss}
+    return Stream(
+        source,
+        SFT_COLUMNS,
+        partial(encode_examples, tokenizer, may_be_empty=True, **how),
+        buffer_size=config.shuffle_buffer_size,
+        seed=config.seed,
+        prompt_column=config.prompt_column,
+        **options,
+    )
+
+
+def _check_streaming(config: SFTConfig) -> None:
+    if config.streaming and config.max_steps == -1:
+        raise UserError(
+            "streaming does not count rows before it has read them, so num_train_epochs cannot say "
+            "when to end: give max_steps"
+        )
+    buffer_size = SFTConfig.shuffle_buffer_size
+    if not config.streaming and config.shuffle_buffer_size != buffer_size:
+        raise UserError(
+            "shuffle_buffer_size is set, but without streaming rows are drawn from all: add "
+            "--streaming, or leave it out"
+        )
+
+
+def _upcoming(
+    run: Run, source: Stream | Sequence[Example], rows: int
+) -> Iterator[tuple[list[Example], float]]:
+    """The `rows` examples of each step that is left, and how often the data was gone through."""
+    if isinstance(source, Stream):
+        drawn = itertools.islice(source, run.first_step * rows, None)
+        while True:
+            epochs, examples = zip(*itertools.islice(drawn, rows), strict=True)
+            yield list(examples), float(epochs[-1])
+    for step in itertools.count(run.first_step):
+        chosen = batch_indices(len(source), rows, step, run.config.seed)
+        yield [source[index] for index in chosen], (step + 1) * rows / len(source)
 
 
 def _train_step(run: Run, step: int, examples: list[Example]) -> dict[str, float]:
