@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .kernels.rows.fisher import fisher_vector_product
     from .kernels.rows.policy_loss import PolicyLoss, policy_loss
     from .kernels.rows.token_logprob import TokenLogprob, token_logprob
+    from .kernels.rows.topk_divergence import topk_divergence
     from .kernels.scans.scan import (
         GAE,
         GAEFromScores,
@@ -103,6 +104,7 @@ _HOMES = {
     "shaped_reward": "kernels.scans.scan",
     "token_kl": "functional.losses",
     "token_logprob": "kernels.rows.token_logprob",
+    "topk_divergence": "kernels.rows.topk_divergence",
     "use_backend": "kernels.backend",
     "value_loss": "functional.losses",
     "whiten": "functional.advantages",

@@ -58,6 +58,10 @@ GOOD = {
         "logits": x(N, V), "other_logits": x(N, V), "mask": true(N), "temperature": 1.0,
         "kind": "jsd", "jsd_beta": 0.5,
     },
+    "topk_divergence": {
+        "logits": x(N, V), "teacher_ids": ids(N, 2), "teacher_logp": x(N, 2), "mask": true(N),
+        "temperature": 1.0,
+    },
     "linear_categorical_divergence": {
         "hidden": x(N, H), "weight": x(V, H), "other_hidden": x(N, H), "other_weight": x(V, H),
         "bias": x(V), "mask": true(N), "temperature": 1.0, "kind": "jsd", "jsd_beta": 0.5,
