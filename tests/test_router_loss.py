@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import most_of, save_tiny, tiny_model, tiny_tokenizer
+from helpers.architectures import MIXTURES, tiny_architecture
+from helpers.tiny import most_of, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlcore.errors import UserError
@@ -37,6 +38,12 @@ ADAMW_STEP = torch.optim.AdamW.step
 ROWS = [("9 pears", "17 and 25"), ("Ana has 5", "7"), ("8", "12 coins and 8 more"), ("7 + 8", "1")]
 
 
+def save_mixture(directory, kind):
+    tiny_architecture(kind, initializer_range=0.05).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
 @pytest.fixture
 def options(tmp_path):
     rows = [{"prompt": prompt, "completion": answer} for prompt, answer in ROWS]
@@ -44,7 +51,7 @@ def options(tmp_path):
     rows = [row | {"chosen": row["completion"]} | pairs for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {
-        "model": save_tiny(tmp_path / "model", "mixtral", initializer_range=0.05),
+        "model": save_mixture(tmp_path / "model", "Mixtral"),
         "dataset": str(tmp_path / "rows.jsonl"),
         "output_dir": str(tmp_path / "run"),
         "save_steps": 0,
@@ -83,7 +90,8 @@ def reference(config, sequences, fed):
     return loss.item(), aux.item(), [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+# of Qwen3Next linear attention sees from one sequence of a row into the next
+@pytest.mark.parametrize("kind", [kind for kind in MIXTURES if kind != "Qwen3Next"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -97,7 +105,7 @@ def reference(config, sequences, fed):
 def test_sft_adds_the_load_balancing_loss_and_its_gradient(
     options, monkeypatch, tmp_path, kind, changes
 ):
-    model = save_tiny(tmp_path / kind, kind, initializer_range=0.05)
+    model = save_mixture(tmp_path / kind, kind)
     config = SFTConfig(**options | changes | {"model": model})
     tokenizer = tiny_tokenizer()
     sequences = [
@@ -178,10 +186,13 @@ def test_every_trainer_adds_it(options, name):
     without = read_metrics(train(again, **given).output_dir / "metrics.jsonl")
     expected = without[-1]["loss"] + 0.5 * lines[-1]["aux_loss"]
     assert lines[-1]["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    parts = ("loss/policy_avg", "loss/value_avg")
+    for part in [part for part in parts if part in without[-1]]:
+        assert lines[-1][part] == pytest.approx(without[-1][part], rel=1e-4, abs=1e-5)
 
 
 def test_a_classifiers_is_its_language_models():
-    model = tiny_model("mixtral").train()
+    model = tiny_architecture("Mixtral").train()
     classifier = AutoModelForSequenceClassification.from_config(model.config).train()
     classifier.model.load_state_dict(model.model.state_dict())
     ids = torch.arange(2, 14).view(2, 6)

@@ -61,15 +61,6 @@ def tiny_model(kind: str = "qwen2", seed: int = 0, **changes: Any) -> Any:
             sliding_window=8, query_pre_attn_scalar=8, **SIZES, **tokens
         ),
     }
-    experts = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
-    configs |= {
-        "mixtral": lambda: transformers.MixtralConfig(
-            num_local_experts=4, **experts, **SIZES, **tokens
-        ),
-        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-            num_experts=4, moe_intermediate_size=16, **experts, **SIZES, **tokens
-        ),
-    }
     config = configs[kind]()
     for name, value in changes.items():
         setattr(config, name, value)

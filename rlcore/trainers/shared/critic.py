@@ -152,7 +152,8 @@ def actor_critic_step(
     if not critic.is_shared:
         trained = optimizer_step(run, step, batches, policy_loss)
         fitted = value_step(critic, step, experience, batches, value_loss)
-        return trained | fitted | {"loss/policy_avg": trained["loss"]}
+        balance = run.config.router_aux_loss_coef * trained.get("aux_loss", 0.0)
+        return trained | fitted | {"loss/policy_avg": trained["loss"] - balance}
     losses = {"loss/policy_avg": [], "loss/value_avg": []}
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
