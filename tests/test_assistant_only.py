@@ -101,16 +101,40 @@ def test_marks_agree_with_the_tokenizers_own_mask():
     assert sum(mask) == example.num_learned
 
 
-def test_a_template_that_thinks_in_the_last_turn_alone_is_told_apart():
+# what such a template writes before the words of the last turn alone, and what it asks with
+THOUGHTS = [("<t></t>", ""), ("<t>x</t>", "<t>")]
+
+
+@pytest.mark.parametrize("thought, asking", THOUGHTS)
+def test_thoughts_that_earlier_turns_lose_count_where_they_stand(thought, asking):
     tokenizer = vocabulary("bytes").tokenizer
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and "
-        "(loop.last or messages[-1].role == 'user' and loop.revindex == 2) %}x = {% endif %}"
-        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        f"loop.last %}}{thought}{{% endif %}}{{{{ m.content }}}}<|im_end|>\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}<|im_start|>assistant\n{asking}{{% endif %}}"
+    )
+    (example,) = encoded(tokenizer, TALK[:4])
+    told = [tokenizer.decode(run) for run in learned(example)]
+    thinks = thought.removeprefix(asking)
+    assert told == ["9+8=17<|im_end|>", f"{thinks}The answer is 25<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "{{ 'x = ' if loop.last }}{{ m.content if loop.last else m.content | upper }}",
+        "{{ m.content }}{{ 'x' if loop.last }}",
+    ],
+)
+def test_a_template_that_rewrites_earlier_turns_is_refused(turn):
+    tokenizer = vocabulary("bytes").tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + turn + "<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+    talk = [TALK[0], {"role": "assistant", "content": "is"}, *TALK[2:4]]
     with pytest.raises(UserError, match=r"row 1: .*assistant_only_loss.*message 2"):
-        encoded(tokenizer, TALK)
+        encoded(tokenizer, talk)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])

@@ -6,11 +6,14 @@ answer is what the template writes beyond the text that asks for it:
     answer i = whole[len(text of messages before i, and the assistant's turn begun)
                      : len(text of messages up to i)]
 
-without what follows the end of its turn, which no policy gets to.
+without what follows the end of its turn, which no policy gets to. Thoughts that a template leaves out
+of all turns but the last are learned in that one.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -57,17 +60,34 @@ def _told_apart(tokenizer: Any, messages: list[dict]) -> tuple[str, list[tuple[i
             continue
         turn = rendered(tokenizer, messages[: place + 1])
         head = _asked(tokenizer, messages[:place], turn)
-        if not whole.startswith(turn):
-            # some templates close a whole text with eos
-            turn = turn.rstrip().removesuffix(tokenizer.eos_token or "")
-        if head is None or not (whole.startswith(turn) and turn.startswith(head)):
+        # some templates close a whole text with eos
+        forms = (turn, turn.rstrip().removesuffix(tokenizer.eos_token or ""))
+        span = head and next(filter(None, (_span(whole, head, f, message) for f in forms)), None)
+        if span is None:
             raise UserError(
                 "assistant_only_loss: the chat template writes the conversation differently around "
                 f"message {place + 1}, so what the assistant says there cannot be told apart: give "
                 "a --chat-template with {% generation %} around it"
             )
-        spans.append((len(head), len(turn)))
+        spans.append(span)
     return whole, spans
+
+
+def _span(whole: str, head: str, turn: str, message: dict) -> tuple[int, int] | None:
+    """Where in `whole` the last message of `turn` stands, which `head` asks for; None: unclear.
+
+    Of a message that others follow a template may leave out how its turn began, its thoughts.
+    """
+    if whole.startswith(turn) and turn.startswith(head):
+        return len(head), len(turn)
+    start = sum(itertools.takewhile(bool, map(operator.eq, head, whole)))
+    content = message["content"]
+    words = content.strip() if isinstance(content, str) else ""
+    places = [match.start() for match in re.finditer(re.escape(words), turn)] if words else []
+    for place in places:
+        if whole.startswith(turn[place:], start):
+            return start, start + len(turn) - place
+    return None
 
 
 def _asked(tokenizer: Any, before: list[dict], turn: str) -> str | None:
