@@ -6,8 +6,8 @@ answer is what the template writes beyond the text that asks for it:
     answer i = whole[len(text of messages before i, and the assistant's turn begun)
                      : len(text of messages up to i)]
 
-without what follows the end of its turn, which no policy gets to. Thoughts that a template leaves out
-of all turns but the last are learned in that one.
+without what follows the end of its turn, which no policy gets to. Thoughts that a template leaves
+out of all turns but the last are learned in that one.
 """
 
 from __future__ import annotations
