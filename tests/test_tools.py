@@ -150,3 +150,16 @@ def test_a_policy_samples_behind_them_from_file_to_token(tmp_path, monkeypatch):
     )
     train_pg(config, reward_funcs=reward)
     assert seen
+
+
+@pytest.mark.parametrize("load", [load_pairs, load_labelled])
+def test_tools_that_the_template_does_not_write_are_told_of(tokenizer, load):
+    row = {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": OTHER, "tools": TOOLS}
+    assert not load(tokenizer, [row], None).notes
+    text = row | {"prompt": "x", "chosen": "y", "rejected": "z"}
+    tokenizer.chat_template = TEMPLATE.partition("<|im_end|>\n{% endif %}")[2]
+    assert not load(tokenizer, [text], None).notes
+    told = ("the rows have 'tools', of which the chat template writes nothing",)
+    assert load(tokenizer, [row], None).notes == told
+    rows = load_rows([{"messages": TALK, "tools": TOOLS}], SFT_COLUMNS)
+    assert encode_examples(tokenizer, rows).notes == told

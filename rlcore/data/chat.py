@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlcore.data.tools import tools_of
+from rlcore.data.rows import Rows
+from rlcore.data.tools import TOOLS, tools_of
 from rlcore.errors import UserError, reason_of
 
 _VARIABLES = "_rlcore_template_variables"  # of a tokenizer: what its template is given
@@ -103,6 +104,14 @@ def marked(tokenizer: Any, messages: list[dict]) -> tuple[str, list[tuple[int, i
         **tokenizer.special_tokens_map | _variables(tokenizer, messages),
     )
     return text, spans
+
+
+def notes_of_tools(tokenizer: Any, rows: Rows) -> tuple[str, ...]:
+    """What to say of rows whose tools the template does not write."""
+    known = TOOLS in str(tokenizer.chat_template)
+    if known or not any(tools_of(rows[0].get(name)) for name in rows.group):
+        return ()
+    return (f"the rows have {TOOLS!r}, of which the chat template writes nothing",)
 
 
 def _variables(tokenizer: Any, messages: list[dict]) -> dict[str, Any]:

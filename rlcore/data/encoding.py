@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rlcore.data.chat import answer_text, prompt_text, rendered
+from rlcore.data.chat import answer_text, notes_of_tools, prompt_text, rendered
 from rlcore.data.ends import end_ids, until_end
 from rlcore.data.loaded import Loaded, Tally, encoded, measured
 from rlcore.data.rows import Rows
@@ -125,7 +125,7 @@ def encode_examples(
         places.append(row)
     if not examples and not may_be_empty:
         raise UserError(f"no row is left: {'; '.join(tally.notes)}")
-    examples.notes = rows.notes + tally.notes
+    examples.notes = rows.notes + notes_of_tools(tokenizer, rows) + tally.notes
     ids = (example.prompt + example.completion for example in examples)
     examples.extent = measured(rows, zip(places, ids, strict=True))
     return examples

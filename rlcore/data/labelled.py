@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlcore.data.chat import notes_of_tools
 from rlcore.data.encoding import Example, encode_completions, shortened
 from rlcore.data.loaded import Loaded, Tally, encoded, measured
 from rlcore.data.loading import PREFERENCE_COLUMNS, load_rows
@@ -66,7 +67,7 @@ def load_labelled(
             places.append(row)
     if not found:
         raise UserError(f"no completion is left: {'; '.join(tally.notes)}")
-    found.notes = rows.notes + tally.notes
+    found.notes = rows.notes + notes_of_tools(tokenizer, rows) + tally.notes
     ids = (each.example.prompt + each.example.completion for each in found)
     found.extent = measured(rows, zip(places, ids, strict=True))
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlcore.data.chat import notes_of_tools
 from rlcore.data.encoding import Batch, Example, collate, encode_completions, shortened
 from rlcore.data.loaded import Loaded, Tally, encoded, measured
 from rlcore.data.loading import PREFERENCE_COLUMNS, load_rows
@@ -66,7 +67,7 @@ def load_pairs(
             places.append(row)
     if not pairs:
         raise UserError(f"no pair is left: {'; '.join(tally.notes)}")
-    pairs.notes = rows.notes + tally.notes
+    pairs.notes = rows.notes + notes_of_tools(tokenizer, rows) + tally.notes
     pairs.extent = measured(
         rows,
         (

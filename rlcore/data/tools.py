@@ -29,8 +29,8 @@ class Messages(list):
         return Messages([*self, *other], self.tools)
 
 
-def tools_of(messages: list[dict]) -> list[dict] | None:
-    """The tools that come with messages, None without any."""
+def tools_of(messages: Any) -> list[dict] | None:
+    """The tools that come with messages, None without any; text has none."""
     return getattr(messages, TOOLS, None)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from rlcore.data.chat import notes_of_tools
 from rlcore.data.encoding import Example, encode_completions, encode_prompts
 from rlcore.data.loaded import Extent, Tally, encoded, measured
 from rlcore.data.loading import load_rows
@@ -158,7 +159,7 @@ def load_prompt_rows(
         whole, _ = _measured_prompts(prompts, tokenizer, None)
         for each in judge.reward_models:
             check_extent(each.model, whole, tokenizer, config.max_completion_length)
-    rows.notes += cuts + _null_fields_note(rows, source)
+    rows.notes += cuts + notes_of_tools(tokenizer, rows) + _null_fields_note(rows, source)
     if "code_runs" in config.reward and "tests" not in rows.column_names:
         rows.notes += (
             f"{source} has no column 'tests': code_runs rewards every program that runs",
