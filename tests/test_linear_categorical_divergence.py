@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rlcore as rl
 
 MUTANTS = read_mutants(TESTS / "mutants" / "head_pairs" / "linear_categorical_divergence.txt")
+LOSS_MUTANTS = read_mutants(TESTS / "mutants" / "head_pairs" / "linear_divergence_loss.txt")
 DIVERGENCES = {
     "forward_kl": {"kind": "forward_kl"},
     "reverse_kl": {"kind": "reverse_kl"},
@@ -126,6 +127,102 @@ def test_a_frozen_teacher_costs_its_logits_alone(name, needs, operations):
     assert counter.get_total_flops() == expected
 
 
+class Summed:
+    """`op` as the loss that it is with num_items, one number a call, spread over the tokens."""
+
+    def __init__(self, op):
+        self.op = op
+
+    def __call__(self, *given, **options):
+        loss = self.op(*given, num_items=5.0, **options)
+        assert loss.shape == ()
+        return loss.expand(1)
+
+
+def check_loss(op, pair, needs=ALL, **options):
+    """The loss and its gradients for an upstream factor, against those of all logits in float64."""
+    leaves, wide = pair.leaves(needs), pair.leaves(needs, torch.float64)
+    loss = 3 * call(Summed(op), pair, leaves, **options).sum()
+    exact = 3 * naive(pair, wide, torch.float64).sum() / 5
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-6)
+    asked = [[t for t in side if t is not None and t.requires_grad] for side in (leaves, wide)]
+    found = torch.autograd.grad(loss, asked[0], retain_graph=True)
+    again = torch.autograd.grad(loss, asked[0])
+    for one, two, want in zip(found, again, torch.autograd.grad(exact, asked[1]), strict=True):
+        assert torch.equal(one, two)
+        close = 2e-2 if one.dtype.itemsize == 2 else 1e-4
+        size = want.abs().max().item()
+        torch.testing.assert_close(one.double(), want, rtol=close, atol=close * max(size, 1e-3))
+
+
+def loss_checks(op, backend):
+    for name in DIVERGENCES:
+        for needs in (ALL, HIDDEN_ALONE, STUDENT_ALONE, (False, True) + (False,) * 4):
+            for head in ("plain", "unlike"):
+                pair = make(name, head=head, dtypes=(torch.float32,) * 2)
+                more = few_at_a_time(pair) | {"backend": backend}
+                yield lambda p=pair, n=needs, m=more: check_loss(op, p, n, **m)
+
+
+def test_with_num_items_it_is_the_summed_loss(backend):
+    for check in loss_checks(rl.linear_categorical_divergence, backend):
+        check()
+
+
+@pytest.mark.parametrize("mutant", LOSS_MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_wrong_loss_is_refused(mutant, tmp_path):
+    op = function(load_kernels(tmp_path, mutant), "linear_categorical_divergence")
+    for check in loss_checks(op, "torch"):
+        try:
+            check()
+        except (AssertionError, RuntimeError, IndexError):
+            return
+    pytest.fail(f"every check accepted the mutant {mutant.name!r}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_loss_of_every_dtype(name, dtype):
+    pair = make(name, (40,), widths=(16, 24), vocabulary=101, dtypes=(dtype,) * 2)
+    check_loss(rl.linear_categorical_divergence, pair, **few_at_a_time(pair))
+    pair.mask[:] = False
+    check_loss(rl.linear_categorical_divergence, pair, **few_at_a_time(pair))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_loss_goes_through_the_tokens_once(name):
+    """Both sides' logits, and two products of the student's."""
+    pair = make(name, (16,), widths=(6, 8), masked=False, dtypes=(torch.float32,) * 2)
+    leaves = pair.leaves(STUDENT_ALONE)
+    with FlopCounterMode(display=False) as counter:
+        call(
+            Summed(rl.linear_categorical_divergence), pair, leaves, backend="torch",
+            **few_at_a_time(pair),
+        ).sum().backward()  # fmt: skip
+    assert counter.get_total_flops() == 2 * 16 * pair.vocabulary * (14 + 2 * 6)
+
+
+def test_the_operator_of_the_loss_keeps_its_promises_and_compiles(backend):
+    torch.compiler.reset()
+    pair = make("jsd", (6,), dtypes=(torch.float32,) * 2, masked=False)
+    for needs in (ALL, STUDENT_ALONE):
+        leaves = pair.leaves(needs)
+        mask = torch.tensor([True, False, True, True, True, True], device=DEVICE)
+        options = (torch.tensor(0.2), 0.8, None, 0.7, 2.0, 1.0, 600, 0.3, list(needs), backend)
+        op = torch.ops.rlcore.linear_divergence_loss.default
+        torch.library.opcheck(op, (*leaves, mask, *options))
+
+    def loss(*given):
+        return call(Summed(rl.linear_categorical_divergence), pair, given).sum()
+
+    leaves = pair.leaves(STUDENT_ALONE)
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    want = loss(*leaves)
+    torch.testing.assert_close(got, want)
+    for one, two in zip(*(torch.autograd.grad(x, leaves[:3]) for x in (got, want)), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts a CPU's allocations")
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_no_logits_of_all_tokens_are_ever_held(name):
@@ -175,6 +272,8 @@ GIVEN = {"hidden": HIDDEN, "weight": WEIGHT, "other_hidden": HIDDEN, "other_weig
         ({"other_softcap": -1.0}, "^other_softcap must be positive"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"jsd_beta": 1.0}, "jsd_beta"),
+        ({"num_items": 0}, "num_items must be positive"),
+        ({"num_items": torch.ones(2)}, "num_items must be one number"),
         ({"kind": "kl"}, "kind must be one of"),
         ({"mask": torch.ones(4)}, "mask must be bool"),
     ],

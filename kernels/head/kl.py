@@ -15,16 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backend import resolve_backend
 from ..blocks import statistics_dtype
-from ..checks import check_finite, check_positive, checks_types
-from ..rows.categorical_kl import check_logits, check_mask
+from ..checks import checks_types
 from ..triton_backend.categorical_kl import accumulator_dtype
-from .chunks import Run
-from .inputs import prepare_head
-from .kl_passes import kl_backward, kl_pass, make_pair_plan, scale_unit_gradients
-from .products import Head
-from .tokens import _is_plain, _needs
+from .kl_passes import kl_backward, kl_pass, scale_unit_gradients
+from .two_heads import HeadPair, op_runs, prepare_pair, runs_of
 
 
 class _LinearCategoricalKL(torch.autograd.Function):
@@ -48,31 +43,6 @@ class _LinearCategoricalKL(torch.autograd.Function):
         else:
             gradients = kl_backward(*tensors, statistics, saved, dkl, ctx.runs, ctx.jsd_beta)
         return *gradients, None, None, None
-
-
-def _make_runs(
-    matrices: list[tuple[Tensor, Tensor]],
-    heads: list[Head],
-    needs: list[tuple[bool, bool, bool]],
-    chunk_bytes: int | None,
-    backend: str,
-    keeps: bool,
-) -> tuple[Run, Run]:
-    plan = make_pair_plan(
-        matrices, needs, softcaps=[head.softcap for head in heads], chunk_bytes=chunk_bytes,
-        keeps=keeps,
-    )  # fmt: skip
-    return tuple(Run(head, plan, need, backend) for head, need in zip(heads, needs, strict=True))
-
-
-def _op_runs(p_hidden, p_weight, q_hidden, q_weight, options: tuple) -> tuple[Run, Run]:
-    """An operator's way through its tokens: it keeps nothing but what it returns."""
-    temperature, p_softcap, p_scale, q_softcap, q_scale, chunk_bytes, _, needs, backend = options
-    heads = [Head(temperature, p_softcap, p_scale), Head(temperature, q_softcap, q_scale)]
-    matrices = [(p_hidden, p_weight), (q_hidden, q_weight)]
-    return _make_runs(
-        matrices, heads, [tuple(needs[:3]), tuple(needs[3:])], chunk_bytes, backend, False
-    )
 
 
 @torch.library.custom_op("rlcore::linear_categorical_kl", mutates_args=())
@@ -100,7 +70,7 @@ def linear_categorical_kl_op(
     """
     options = (temperature, p_softcap, p_logit_scale, q_softcap, q_logit_scale)
     options += (chunk_bytes, jsd_beta, needs, backend)
-    runs = _op_runs(p_hidden, p_weight, q_hidden, q_weight, options)
+    runs = op_runs(p_hidden, p_weight, q_hidden, q_weight, options)
     tensors = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask)
     (kl, *rest), _ = kl_pass(*tensors, runs, jsd_beta)
     return kl, *(kl.new_empty(0) if part is None else part for part in rest)
@@ -138,7 +108,7 @@ def linear_categorical_kl_backward_op(
     """The gradients of p's hidden, weight and bias, then of q's; empty where unneeded."""
     options = (temperature, p_softcap, p_logit_scale, q_softcap, q_logit_scale)
     options += (chunk_bytes, jsd_beta, needs, backend)
-    runs = _op_runs(p_hidden, p_weight, q_hidden, q_weight, options)
+    runs = op_runs(p_hidden, p_weight, q_hidden, q_weight, options)
     tensors = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask)
     statistics = [s if s.numel() == mask.numel() else None for s in statistics]
     gradients = kl_backward(*tensors, statistics, (None, None), dkl, runs, jsd_beta)
@@ -230,63 +200,17 @@ def linear_categorical_kl(
     """
     p = ("p_", p_hidden, p_weight, p_bias, p_softcap, p_logit_scale)
     q = ("q_", q_hidden, q_weight, q_bias, q_softcap, q_logit_scale)
-    return divergence_of_heads(p, q, temperature, mask, chunk_bytes, backend)
+    return divergence_of_heads(prepare_pair(p, q, temperature, mask, backend), chunk_bytes)
 
 
 def divergence_of_heads(
-    p: tuple,
-    q: tuple,
-    temperature: float,
-    mask: Tensor | None,
-    chunk_bytes: int | None,
-    backend: str | None,
-    jsd_beta: float | None = None,
+    pair: HeadPair, chunk_bytes: int | None, jsd_beta: float | None = None
 ) -> Tensor:
-    """KL(p || q), or with a jsd_beta the Jensen-Shannon divergence, of two heads, which it checks.
-
-    Args:
-        p, q: what the names of a side's arguments begin with, its hidden, weight, bias, softcap
-            and logit_scale.
-    """
-    (p_name, p_hidden), (q_name, q_hidden) = p[:2], q[:2]
-    check_logits(f"{p_name}hidden", p_hidden, "H")
-    check_logits(f"{q_name}hidden", q_hidden, "H")
-    shape = p_hidden.shape[:-1]
-    if q_hidden.shape[:-1] != shape or q_hidden.device != p_hidden.device:
-        raise ValueError(
-            f"{q_name}hidden must have the leading shape and the device of {p_name}hidden, "
-            f"{tuple(shape)} on '{p_hidden.device}', got {tuple(q_hidden.shape[:-1])} on "
-            f"'{q_hidden.device}'"
-        )
-    mask = check_mask(mask, p_hidden, f"{p_name}hidden")
-    check_positive(temperature=temperature)
-    check_finite(temperature=temperature)
-    backend = resolve_backend(backend, p_hidden)
-    (*p, p_head), (*q, q_head) = _prepare(*p, temperature), _prepare(*q, temperature)
-    if len(p[1]) != len(q[1]):
-        raise ValueError(
-            f"{p_name}weight and {q_name}weight must have the same vocabulary as rows, got "
-            f"{tuple(p[1].shape)} and {tuple(q[1].shape)}"
-        )
-    if mask is None:
-        mask = torch.ones(shape, dtype=torch.bool, device=p_hidden.device)
-    needs = [_needs(*p), _needs(*q)]
-    tensors = (*p, *q, mask.view(-1))
-    if not _is_plain(*tensors):
-        kl = linear_categorical_kl_op(
-            *tensors, p_head.temperature, p_head.softcap, p_head.logit_scale, q_head.softcap,
-            q_head.logit_scale, chunk_bytes, jsd_beta, [*needs[0], *needs[1]], backend,
-        )[0]  # fmt: skip
-        return kl.view(shape)
-    runs = _make_runs([p[:2], q[:2]], [p_head, q_head], needs, chunk_bytes, backend, True)
-    return _LinearCategoricalKL.apply(*tensors, runs, jsd_beta).view(shape)
-
-
-def _prepare(name: str, hidden, weight, bias, softcap, logit_scale, temperature):
-    """hidden (N, H), weight, bias and the head's form of the side that an error names."""
-    try:
-        return prepare_head(
-            hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}{error}") from error
+    """KL(p || q), or with a jsd_beta the Jensen-Shannon divergence, of each token."""
+    if not pair.is_plain:
+        divergence = linear_categorical_kl_op(
+            *pair.tensors, *pair.options(chunk_bytes, jsd_beta), pair.needs_of_both, pair.backend
+        )[0]
+        return divergence.view(pair.shape)
+    runs = runs_of(pair, chunk_bytes)
+    return _LinearCategoricalKL.apply(*pair.tensors, runs, jsd_beta).view(pair.shape)

@@ -155,10 +155,15 @@ def kl_pass(
     mask: Tensor,
     runs: tuple[Run, Run],
     jsd_beta: float | None,
+    scale: Tensor | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """[divergence, max a, log P, max b, log Q], (N,) or None; what the plan keeps of p and q."""
+    """[divergence, max a, log P, max b, log Q], (N,) or None; what the plan keeps of p and q.
+
+    With a `scale`, a loss's derivative by each divergence, what is kept are the loss's gradients:
+    of p's hidden, weight and bias, then of q's, in the dtypes that gradients wait in.
+    """
     plan, backend = runs[0].plan, runs[0].backend
-    makes_gradient = plan.strategy == "unit-gradient"
+    makes_gradient = plan.strategy == "unit-gradient" or scale is not None
     if not makes_gradient:
         runs = tuple(Run(run.head, plan, FROZEN, backend) for run in runs)
     sides = _two_sides((p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias), runs)
@@ -171,11 +176,17 @@ def kl_pass(
         store_rows(statistics, rows, row)
         if makes_gradient:
             one = torch.ones_like(row[0])
+            if scale is not None:
+                one *= scale
             _gather_gradients(sides, logits, row, one, runs, jsd_beta, _unit(sides, row[0], one))
     saved = [None, None]
     if plan.strategy == "kept-logits":
         saved = [side.chunk.z for side in sides]  # one chunk holds every counted token
-    if makes_gradient:
+    if scale is not None:
+        waiting = [gradient_dtype(side.weight.dtype) for side in sides]
+        gathered = zip(sides, waiting, strict=True)
+        saved = [g for side, dtype in gathered for g in side.gathered.finish(dtype)]
+    elif makes_gradient:
         saved = [side.gathered.dhidden for side in sides]
     return statistics, saved
 

@@ -168,17 +168,24 @@ def _update(run: Run, step: int, experience: Experience, teacher: Policy) -> dic
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         part = experience.take(batch).trimmed()
-        return _divergence(run, part, teacher).sum() / num_items
+        return _divergence(run, part, teacher, num_items=num_items)
 
     return optimizer_step(run, step, micro_batches(run, experience, rows), loss_of)
 
 
-def _divergence(run: Run, part: Experience, teacher: Policy) -> torch.Tensor:
-    """(B, C): D of each token's two distributions, 0 where masked."""
+def _divergence(
+    run: Run, part: Experience, teacher: Policy, num_items: float | None = None
+) -> torch.Tensor:
+    """(B, C): D of each token's two distributions, 0 where masked; or their sum over num_items."""
     config = run.config
     with run.accelerator.autocast():
         return teacher_divergence(
-            run, teacher, part, temperature=config.temperature, **config.divergence
+            run,
+            teacher,
+            part,
+            num_items=num_items,
+            temperature=config.temperature,
+            **config.divergence,
         )
 
 

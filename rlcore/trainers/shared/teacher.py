@@ -35,9 +35,16 @@ def load_teacher(config: DistillConfig, tokenizer: Any, student: Any) -> Any:
 
 
 def teacher_divergence(
-    run: Run, teacher: Policy, batch: Completions, **options: Any
+    run: Run,
+    teacher: Policy,
+    batch: Completions,
+    *,
+    num_items: float | None = None,
+    **options: Any,
 ) -> torch.Tensor:
     """(B, C) divergences of student and teacher after each token's prefix, 0 where masked.
+
+    With `num_items` their sum over it, whose gradient costs one pass.
 
     Past the logits where both heads allow it. Rows that the one head has beyond the other's, by
     which a family pads its vocabularies to round numbers, are no words and are left out.
@@ -54,10 +61,11 @@ def teacher_divergence(
     ours, options = heads[0].read(run.model, batch), {"mask": batch.mask} | options
     if not fused:
         words = min(ours.shape[-1], theirs.shape[-1])
-        return categorical_divergence(ours[..., :words], theirs[..., :words], **options)
+        divergence = categorical_divergence(ours[..., :words], theirs[..., :words], **options)
+        return divergence if num_items is None else divergence.sum() / num_items
     words = min(len(head.layer.weight) for head in heads)
     (weight, own), (other_weight, others) = (head.of_words(words) for head in heads)
     others = {f"other_{name}": value for name, value in others.items()}
     return linear_categorical_divergence(
-        ours, weight, theirs, other_weight.detach(), **own, **others, **options
+        ours, weight, theirs, other_weight.detach(), num_items=num_items, **own, **others, **options
     )
