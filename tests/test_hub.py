@@ -17,6 +17,14 @@ from rlcore.errors import UserError
 from rlcore.trainers.sft import SFTConfig, train_sft
 
 
+STATUS = {
+    "hf_right": 200,
+    "hf_reads": 200,
+    "hf_narrow": 403,
+    "hf_busy": 503,
+}  # of tokens that the hub knows
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """Knows one token; keeps what is committed."""
 
@@ -33,9 +41,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def do_GET(self) -> None:
-        known = self.headers.get("Authorization") == "Bearer hf_right"
         if self.path.endswith("whoami-v2"):
-            self._answer(200 if known else 401, {"name": "me", "type": "user"})
+            status = STATUS.get(self.headers.get("Authorization", "").removeprefix("Bearer "), 401)
+            role = "read" if self.headers.get("Authorization") == "Bearer hf_reads" else "write"
+            self._answer(status, {"name": "me", "auth": {"accessToken": {"role": role}}})
         else:
             self._answer(404, {"error": "not here"})
 
@@ -115,12 +124,41 @@ def test_a_hub_that_refuses_costs_no_model(hub, config, capsys):
 
 @pytest.mark.parametrize(
     ("token", "name", "said"),
-    [("hf_wrong", "me/model", "the hub does not know you"), ("hf_right", "a/b/c", "no repo")],
+    [
+        (
+            "hf_wrong",
+            "me/model",
+            "push_to_hub me/model: the hub refuses your token (401: Invalid user token",
+        ),
+        ("hf_narrow", "me/model", "push_to_hub me/model: the hub refuses your token (403: "),
+        ("hf_busy", "me/model", "push_to_hub me/model: the hub answers with an error (503: "),
+        ("hf_reads", "me/model", "push_to_hub me/model: your token of the hub may only read"),
+        (None, "me/model", "push_to_hub me/model: there is no token of the hub on this machine"),
+        ("hf_right", "a/b/c", "push_to_hub 'a/b/c' is no repository"),
+    ],
 )
 def test_who_cannot_push_is_told_before_anything_trains(
-    hub, config, monkeypatch, token, name, said
+    hub, config, monkeypatch, tmp_path, token, name, said
 ):
-    monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(UserError, match=said):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError) as caught:
         train_sft(dataclasses.replace(config, push_to_hub=name))
+    assert str(caught.value).startswith(said)
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_that_is_not_reached_is_no_question_of_who_asks(hub, config, monkeypatch, offline):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(
+        UserError, match="push_to_hub me/model: the hub at .* is not reached"
+    ) as caught:
+        train_sft(config)
+    assert "log in" not in str(caught.value)
+    assert ("HF_HUB_OFFLINE" in str(caught.value)) == offline
     assert not Path(config.output_dir).exists()

@@ -6,7 +6,9 @@ Each way gets a copy of the source and an environment of its own, which borrows 
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -187,3 +189,27 @@ def test_the_symlink_is_relative_and_kernels_is_no_package_of_its_own():
     assert link.is_symlink()
     assert os.readlink(link) == "../kernels"
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+# what comes with a dependency that pins its version
+BROUGHT = {"pyarrow": "datasets", "tokenizers": "transformers"}
+NAMES = {"yaml": "pyyaml"}  # packages whose import is called otherwise
+
+
+def test_everything_that_the_library_imports_is_declared():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    declared = {re.match(r"[\w-]+", each)[0].replace("-", "_").lower() for each in wanted}
+    missing = set()
+    # the benchmark's peers and the frameworks are imported where their users have them
+    for path in (ROOT / "rlcore").rglob("*.py"):
+        if path.relative_to(ROOT / "rlcore").parts[0] in ("bench", "integrations"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            roots = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+            missing |= {BROUGHT.get(root, NAMES.get(root, root)) for root in roots}
+    assert sorted(missing - declared - {"rlcore"}) == []

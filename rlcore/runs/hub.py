@@ -21,14 +21,43 @@ def check_hub(repository: str) -> None:
         raise UserError(
             f"push_to_hub {repository!r} is no repository: {reason_of(error)}"
         ) from error
+    api = HfApi()
     try:
-        HfApi().whoami()
+        who = api.whoami()
     except Exception as error:
-        # no token, one that is refused, no network: each has its own type
+        said = _why_unknown(error, api.endpoint)
+        raise UserError(f"push_to_hub {repository}: {said}") from error
+    token = (who.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
         raise UserError(
-            f"push_to_hub {repository}: the hub does not know you ({reason_of(error)}); log in "
-            "with `hf auth login`, set HF_TOKEN, or leave the option out"
-        ) from error
+            f"push_to_hub {repository}: your token of the hub may only read; make one that may "
+            "write and log in with it, or leave the option out"
+        )
+
+
+def _why_unknown(error: Exception, endpoint: str) -> str:
+    """Why the hub did not say who asks, and what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    if isinstance(error, LocalTokenNotFoundError):
+        return (
+            "there is no token of the hub on this machine; log in with `hf auth login`, set "
+            "HF_TOKEN, or leave the option out"
+        )
+    if not isinstance(error, HfHubHTTPError):
+        return (
+            f"the hub at {endpoint} is not reached ({reason_of(error)}); see whether this machine "
+            "is online, or leave the option out and push the finished model later"
+        )
+    status = error.response.status_code
+    first_line, _, _ = str(error).strip().partition("\n")  # the others are the library's links
+    reason = f"{status}: {first_line}"
+    if status in (401, 403):
+        return (
+            f"the hub refuses your token ({reason}); log in anew with `hf auth login`, set "
+            "HF_TOKEN to a token that may write, or leave the option out"
+        )
+    return f"the hub answers with an error ({reason}); try again later, or leave the option out"
 
 
 def push(directory: str | Path, repository: str) -> str:
