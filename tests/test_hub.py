@@ -16,7 +16,6 @@ from helpers.tiny import save_tiny
 from rlcore.errors import UserError
 from rlcore.trainers.sft import SFTConfig, train_sft
 
-
 STATUS = {
     "hf_right": 200,
     "hf_reads": 200,
@@ -156,7 +155,7 @@ def test_a_hub_that_is_not_reached_is_no_question_of_who_asks(hub, config, monke
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(
-        UserError, match="push_to_hub me/model: the hub at .* is not reached"
+        UserError, match=r"push_to_hub me/model: the hub at .* is not reached"
     ) as caught:
         train_sft(config)
     assert "log in" not in str(caught.value)
