@@ -161,8 +161,8 @@ def test_compare_finds_regressions_relative_to_the_machine(tmp_path, capsys, aft
 def test_compare_judges_peers_when_asked(tmp_path):
     before = saved(PAIR, tmp_path / "before.json")
     after = saved(changed(PAIR, "trl", seconds=8e-3), tmp_path / "after.json")
-    assert compare(CompareConfig(before, after)) == 0
-    assert compare(CompareConfig(before, after, all=True)) == 1
+    assert compare(CompareConfig(before=before, after=after)) == 0
+    assert compare(CompareConfig(before=before, after=after, all=True)) == 1
 
 
 def test_compare_refuses_what_does_not_compare(tmp_path):
@@ -170,12 +170,12 @@ def test_compare_refuses_what_does_not_compare(tmp_path):
     other = made(*PAIR.rows)
     other.machine["device"] = "another"
     with pytest.raises(UserError, match="times of different machines"):
-        compare(CompareConfig(here, saved(other, tmp_path / "b.json")))
+        compare(CompareConfig(before=here, after=saved(other, tmp_path / "b.json")))
     elsewhere = made(row("rlcore torch", 1e-3, 64))
     with pytest.raises(UserError, match="no contestant and case is in both"):
-        compare(CompareConfig(here, saved(elsewhere, tmp_path / "c.json")))
+        compare(CompareConfig(before=here, after=saved(elsewhere, tmp_path / "c.json")))
     with pytest.raises(UserError, match="slower must be at least 1"):
-        compare(CompareConfig(here, here, slower=0.9))
+        compare(CompareConfig(before=here, after=here, slower=0.9))
 
 
 def test_the_commands_say_what_is_missing(tmp_path, capsys):

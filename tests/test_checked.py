@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from rlcore.commands.table import COMMANDS
 from rlcore.errors import UserError
+from rlcore.runs.checked import Checked
 from rlcore.runs.config import load_config, save_config
+from rlcore.runs.options import OBJECT, init_fields
 from rlcore.trainers import DPOConfig, GRPOConfig, PGConfig
 
 
@@ -60,3 +66,37 @@ def test_what_may_be_an_object_stays_one():
     config = PGConfig(output_dir="o", dataset=rows, model=model, eval_dataset={"easy": rows})
     assert config.dataset is rows and config.model is model
     assert config.eval_dataset == {"easy": rows}
+
+
+def config_of(name: str) -> type:
+    command = COMMANDS[name]
+    return getattr(importlib.import_module(command.module), command.config)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_commands_config_checks_itself(name):
+    cls = config_of(name)
+    assert issubclass(cls, Checked)
+    known = init_fields(cls)
+    required = [
+        option for option, field in known.items()
+        if dataclasses.MISSING is field.default is field.default_factory
+    ]  # fmt: skip
+    if required:
+        with pytest.raises(UserError, match=rf"^{cls.__name__} needs {', '.join(required)}: "):
+            cls()
+    given = dict.fromkeys(required, "x")
+    with pytest.raises(UserError, match=rf"^{cls.__name__} has no option 'sede'"):
+        cls(**given, sede=1)
+    with pytest.raises(UserError, match="are given by name: not 'x'"):
+        cls("x", **given)
+    for option, field in known.items():
+        if OBJECT not in field.metadata:
+            with pytest.raises(UserError, match=rf"^{option} must be .*, not a set$"):
+                cls(**given | {option: set()})
+
+
+def test_a_config_is_copied_and_pickled_without_being_made_anew():
+    config = config_of("merge")(adapter="a", output_dir="b")
+    assert copy.deepcopy(config) == copy.copy(config) == config
+    assert pickle.loads(pickle.dumps(config)) == config

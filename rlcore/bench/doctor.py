@@ -22,6 +22,7 @@ from rlcore.bench.checking import TOLERANCES, Truth, call, with_leaves
 from rlcore.bench.contestants.rows import contestants
 from rlcore.bench.operations import OPERATIONS
 from rlcore.kernels import backend
+from rlcore.runs.checked import Checked
 
 # The Triton that each torch release is built and tested with.
 SHIPPED_TOGETHER = {
@@ -38,7 +39,7 @@ SIGNS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "broken": ("br
 
 
 @dataclass
-class DoctorConfig:
+class DoctorConfig(Checked):
     """Doctor"""
 
     # look at versions and hardware alone

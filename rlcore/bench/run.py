@@ -25,7 +25,8 @@ from rlcore.bench.results import results
 from rlcore.bench.results.results import NOT_RUN, Results, Row
 from rlcore.bench.results.tables import fastest_first, row_cells
 from rlcore.errors import UserError, unknown_name
-from rlcore.runs.ranges import Count, NotNegative, Range, check_ranges
+from rlcore.runs.checked import Checked
+from rlcore.runs.ranges import Count, NotNegative, Range
 
 # below so many logits, what a call takes is the host's time to issue it
 MOST_IDLE_LOGITS = 1 << 16
@@ -33,7 +34,7 @@ GPU_SECONDS = 1.0  # a contestant in a case: 300 ms of calls, a warm-up, and its
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(Checked):
     """Benchmark"""
 
     # sets (check, cpu, gpu, large, scaling, cpu-scaling), operations or whole cases; default: cpu
@@ -79,7 +80,6 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Results | 
     Raises UserError on an unknown case or contestant, a device that is not here, or an output file
     to resume that was made on another machine.
     """
-    check_ranges(config)
     console = console or Console()
     device = _device(config.device)
     of_device = device.type.replace("cuda", "gpu")

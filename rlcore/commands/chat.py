@@ -20,7 +20,8 @@ from rlcore.data.ends import end_tokens
 from rlcore.errors import UserError
 from rlcore.models.limits import context_window
 from rlcore.models.loading import load_policy, load_tokenizer
-from rlcore.runs.ranges import Count, Natural, NotNegative, Seed, Share, check_ranges
+from rlcore.runs.checked import Checked
+from rlcore.runs.ranges import Count, Natural, NotNegative, Seed, Share
 from rlcore.sampling.rewards import check_columns, compute_rewards
 from rlcore.trainers.options.load import LoadConfig, check_load_config
 from rlcore.trainers.options.reward import RewardConfig
@@ -30,7 +31,7 @@ PROMPT = "> "
 
 
 @dataclass(kw_only=True)
-class ChatConfig(RewardConfig, LoadConfig):
+class ChatConfig(RewardConfig, LoadConfig, Checked):
     """Conversation."""
 
     model: str  # directory or hub name: a model, a checkpoint or an adapter
@@ -48,7 +49,6 @@ def chat(config: ChatConfig, lines: Iterator[str] | None = None) -> None:
     Raises:
         UserError: options, a model or a reward that do not work here.
     """
-    check_ranges(config)
     check_load_config(config)
     judge = make_judge(config)
     check_columns(judge.functions, ["prompt"], "rlcore chat")

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlcore.errors import UserError, unknown_name
+from rlcore.runs.checked import Checked
 from rlcore.runs.display import bars_for, short
 from rlcore.runs.reading import RunFiles, decisive_metric, read_run
 
@@ -20,7 +21,7 @@ COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
 
 @dataclass(kw_only=True)
-class CompareConfig:
+class CompareConfig(Checked):
     """Comparison."""
 
     runs: list[str]  # output directories of training runs

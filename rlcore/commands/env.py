@@ -12,6 +12,7 @@ import torch
 import rlcore
 from rlcore.bench import machine
 from rlcore.kernels.backend import resolve_backend
+from rlcore.runs.checked import Checked
 
 PACKAGES = (
     "torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "safetensors",
@@ -23,7 +24,7 @@ VARIABLES = ("RLCORE_", "TRITON_", "ACCELERATE_", "OMP_", "CUDA_", "HIP_", "ATEN
 
 
 @dataclass(kw_only=True)
-class EnvConfig:
+class EnvConfig(Checked):
     """Environment."""
 
 

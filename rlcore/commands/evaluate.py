@@ -29,7 +29,8 @@ from rlcore.errors import UserError
 from rlcore.models.limits import check_extent
 from rlcore.models.loading import load_policy, load_tokenizer
 from rlcore.runs.atomic import staged_file
-from rlcore.runs.ranges import Count, Natural, Positive, Seed, Share, check_ranges
+from rlcore.runs.checked import Checked
+from rlcore.runs.ranges import Count, Natural, Positive, Seed, Share
 from rlcore.runs.samples import Sample, as_line
 from rlcore.sampling.rollout import check_sampling, generate
 from rlcore.sampling.scores import Estimate, estimate, pass_at_k
@@ -42,7 +43,7 @@ from rlcore.trainers.shared.order import mix_seed, split
 
 
 @dataclass(kw_only=True)
-class EvalConfig(RewardConfig, LoadConfig):
+class EvalConfig(RewardConfig, LoadConfig, Checked):
     """Evaluation."""
 
     model: list[str]  # directories or hub names: models, checkpoints, adapters
@@ -101,7 +102,6 @@ def evaluate_models(config: EvalConfig, console: Console | None = None) -> list[
 
 
 def _check(config: EvalConfig, judge: Judge) -> None:
-    check_ranges(config)
     check_load_config(config)
     if not config.model:
         raise UserError("model names no model: give --model DIR [DIR ...]")

@@ -10,11 +10,12 @@ from rlcore.data.ends import set_end_tokens
 from rlcore.errors import UserError
 from rlcore.models.adapters import ADAPTER_CONFIG, is_adapter, require_peft
 from rlcore.models.loading import load_classifier, load_policy, load_tokenizer
+from rlcore.runs.checked import Checked
 from rlcore.runs.checkpoint import save_model
 
 
 @dataclass(kw_only=True)
-class MergeConfig:
+class MergeConfig(Checked):
     """Options of merging."""
 
     adapter: str  # directory of the adapter, as a trainer with --peft wrote it

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlcore.errors import UserError
+from rlcore.runs.checked import Checked
 from rlcore.runs.reading import read_run
 from rlcore.runs.report.page import write_page
 
 
 @dataclass(kw_only=True)
-class RunReportConfig:
+class RunReportConfig(Checked):
     """Report."""
 
     runs: list[str]  # output directories of training runs, finished or not

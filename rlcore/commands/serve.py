@@ -20,7 +20,8 @@ import torch
 from rlcore.errors import UserError, unknown_name
 from rlcore.models.adapters import is_adapter
 from rlcore.models.loading import load_policy, load_tokenizer
-from rlcore.runs.ranges import Count, Range, check_ranges
+from rlcore.runs.checked import Checked
+from rlcore.runs.ranges import Count, Range
 from rlcore.sampling.served_weights import is_tied, write_served
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -41,7 +42,7 @@ ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 @dataclass(kw_only=True)
-class ServeConfig:
+class ServeConfig(Checked):
     """Serving."""
 
     model: str  # directory or hub name of the model that is to be trained, or an adapter's
@@ -63,7 +64,6 @@ def serve(config: ServeConfig) -> int:
     Raises:
         UserError: options, no vLLM, or a model that does not load.
     """
-    check_ranges(config)
     if config.dtype not in DTYPES:
         raise unknown_name("dtype", config.dtype, DTYPES)
     if config.vllm_config is not None and not Path(config.vllm_config).is_file():

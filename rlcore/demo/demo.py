@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlcore.errors import UserError
-from rlcore.runs.ranges import Count, Seed, check_ranges
+from rlcore.runs.checked import Checked
+from rlcore.runs.ranges import Count, Seed
 from rlcore.runs.run_record import note_start, read_record
 
 CURVE_LABELS = {"grpo": "GRPO", "control": "shuffled reward (control)"}
@@ -29,7 +30,7 @@ SAMPLES = 3
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(Checked):
     """Options of the demo."""
 
     seed: Seed = 0  # of the problems, the weights and the sampling
@@ -59,7 +60,6 @@ class Score:
 
 def demo(config: DemoConfig) -> None:
     """The command: GRPO and its control, or with `all` the whole survey."""
-    check_ranges(config)
     if not config.all:
         run_demo(config)
         return

@@ -4,6 +4,7 @@
     class TrainConfig(Checked): ...
 
     TrainConfig(learning_rte=1e-5)   UserError: TrainConfig has no option 'learning_rte'; ...
+    MergeConfig(adapter="a")         UserError: MergeConfig needs output_dir: ...
 
 A lone value where a list is wanted becomes a list of one, a path text, a number of numpy's a plain
 one. Ranges are those beside the fields, see `rlcore.runs.ranges`.
@@ -44,7 +45,15 @@ class Checked:
                 if name not in known:
                     answer = unknown_option(name, known)
                     raise UserError(f"{cls.__name__} has no option {name!r}{answer}")
+            missing = [name for name in known if name not in options and _is_wanted(known[name])]
+            if missing:
+                raise UserError(
+                    f"{cls.__name__} needs {', '.join(missing)}: give every one by name"
+                )
             return super().__new__(cls)
+
+        def __reduce__(self) -> Any:  # a copy is checked already, and is not made from options
+            return object.__new__, (type(self),), vars(self)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -54,6 +63,11 @@ class Checked:
             if not is_missing:
                 setattr(self, name, _typed(field, value, hints[name]))
         check_ranges(self)
+
+
+def _is_wanted(field: dataclasses.Field) -> bool:
+    """Whether `__init__` takes no default for it."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _typed(field: dataclasses.Field, value: Any, hint: Any) -> Any:

@@ -13,13 +13,14 @@ from rich.table import Table
 from rlcore.bench.results.results import Results, Row, load
 from rlcore.bench.results.tables import bytes_text, seconds_text
 from rlcore.errors import UserError
-from rlcore.runs.ranges import Range, check_ranges
+from rlcore.runs.checked import Checked
+from rlcore.runs.ranges import Range
 
 Ratio = Annotated[float, Range(1)]
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(Checked):
     """Compare"""
 
     # the results to compare with
@@ -60,7 +61,6 @@ def compare(config: CompareConfig, console: Console | None = None) -> int:
 
     Raises UserError where a file cannot be read, the machines differ, or no row is in both.
     """
-    check_ranges(config)
     before, after = load(config.before), load(config.after)
     devices = before.machine["device"], after.machine["device"]
     if devices[0] != devices[1]:

@@ -11,6 +11,7 @@ from rlcore.bench.cases import Case
 from rlcore.bench.results import plots, tables
 from rlcore.bench.results.results import NOT_RUN, Results, Row, load
 from rlcore.errors import UserError
+from rlcore.runs.checked import Checked
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --ours: #0072B2; }
@@ -33,7 +34,7 @@ ul { padding-left: 1.2rem; }
 
 
 @dataclass
-class ReportConfig:
+class ReportConfig(Checked):
     """Report"""
 
     # JSON files that `rlcore bench` wrote

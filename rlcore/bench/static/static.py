@@ -22,7 +22,8 @@ from rlcore.bench.cases import Case, rows, scan
 from rlcore.bench.static import compile_gate, launches, limits
 from rlcore.errors import UserError, unknown_name
 from rlcore.kernels.backend import HAS_TRITON, INTERPRETED
-from rlcore.runs.ranges import Count, check_ranges
+from rlcore.runs.checked import Checked
+from rlcore.runs.ranges import Count
 
 COUNTED_OPS = ("token_logprob", "policy_loss", "sequence_policy_loss", "cross_entropy")
 COUNTED_OPS += ("categorical_kl", "fisher_vector_product")
@@ -33,7 +34,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 
 @dataclass
-class StaticConfig:
+class StaticConfig(Checked):
     """Static"""
 
     # operations; default: all that have kernels
@@ -92,7 +93,6 @@ def static(config: StaticConfig, console: Console | None = None) -> int:
     """Print the figures; exit status 1 where a kernel of ours spills, moves less than 16 bytes at
     once in a loop over logits, or is compiled for every completion length."""
     console = console or Console(highlight=False)
-    check_ranges(config)
     _check(config)
     ops = config.ops or OPS
     found = {"compiled": [], "moved": [], "compilations": []}
