@@ -13,6 +13,7 @@ from datasets import Dataset
 from helpers.tiny import save_tiny
 from rich.console import Console
 
+import rlcore.trainers
 from rlcore.errors import UserError
 from rlcore.runs.display import Display
 from rlcore.runs.samples import Sample, append_samples, telling
@@ -68,9 +69,11 @@ BEYOND = {
     "completions/unjudged": (2.0, 0.0),
     "entropy": (0.001, 0.5),
     "kl": (3.0, 0.01),
+    "objective/kl": (80.0, 4.0),
     "kl/bounded": (0.1, 0.0),
     "clip_ratio/region_mean": (0.8, 0.1),
     "value/explained_variance": (-0.5, 0.6),
+    "sampling/logp_difference/mean": (0.04, 0.001),
 }
 
 
@@ -87,6 +90,15 @@ def test_a_rule_warns_while_its_metric_is_beyond_its_bound(rule):
     assert ":" in warnings.active[rule.metric], "what to do follows"
     warnings.follow({rule.metric: within})
     assert not warnings.active
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.metric)
+def test_a_rule_is_about_a_metric_that_a_trainer_logs(rule):
+    trainers = Path(rlcore.trainers.__file__).parent
+    sources = [path.read_text("utf-8") for path in trainers.rglob("*.py")]
+    prefix, _, name = rule.metric.partition("/")
+    spellings = (f'"{rule.metric}"', f"{rule.metric}=", f'f"{prefix}/{{name}}"')
+    assert any(each in source for source in sources for each in spellings), name
 
 
 def shown(width: int) -> list[str]:

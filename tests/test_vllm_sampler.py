@@ -294,6 +294,15 @@ def test_the_importance_weights_are_measured(tmp_path, server):
     assert metrics["sampling/effective_sample_size"] == metrics["grad_norm"] == 0
 
 
+def test_a_sampler_that_keeps_disagreeing_is_warned_of(tmp_path, server, capsys):
+    corrected(tmp_path, server, train_grpo, GRPOConfig, None, max_steps=2)
+    assert "sampler and trainer disagree" not in capsys.readouterr().err
+    corrected(tmp_path, server, train_grpo, GRPOConfig, None, max_steps=3)
+    said = capsys.readouterr().err
+    assert "sampler and trainer disagree: their log-probabilities differ by 0." in said
+    assert "sample with top_p 1" in said, "what to do follows"
+
+
 def test_a_sequence_has_the_product_of_its_tokens_ratios(tmp_path, server):
     metrics = corrected(tmp_path, server, train_grpo, GRPOConfig, "sequence_truncate")
     # of completions of four tokens at most, none of which is empty

@@ -52,6 +52,12 @@ RULES = (
         _LABELLED,
     ),
     Rule(
+        "objective/kl",
+        lambda nats: nats >= 50.0,
+        "the KL to the reference is {value:.0f} a completion: raise kl_coef, give kl_target, or "
+        "lower learning_rate",
+    ),
+    Rule(
         "kl/bounded",
         lambda share: share > 0.0,
         "{value:.1%} of the tokens are so much likelier to the reference that their KL is bounded: "
@@ -68,6 +74,13 @@ RULES = (
         lambda share: share <= 0.0,
         "the value model explains none of the returns ({value:.2f}): raise its learning rate, or "
         "give it more steps",
+    ),
+    Rule(
+        "sampling/logp_difference/mean",
+        lambda nats: nats >= 0.02,
+        "sampler and trainer disagree: their log-probabilities differ by {value:.3f} on average: "
+        "serve in the trainer's dtype, sample with top_p 1 and top_k 0, or see that the server has "
+        "this model",
     ),
 )
 
