@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -11,13 +12,16 @@ import sys
 import pytest
 import torch
 from helpers import DEVICE
+from rich.console import Console
 
-from rlcore.bench import checking, floors, memory, run, timing
+from rlcore.bench import checking, floors, memory, run, telling, timing
 from rlcore.bench.cases import SETS, Case, check, rows, select
 from rlcore.bench.contestants import rows as contestants
+from rlcore.bench.contestants import steps
 from rlcore.bench.contestants.rows import CONTESTANTS, Contestant
 from rlcore.bench.operations import OPERATIONS
 from rlcore.bench.results import results, tables
+from rlcore.bench.results.results import Row
 from rlcore.errors import UserError
 
 CPU = torch.device("cpu")
@@ -270,9 +274,11 @@ def test_the_bench_command_takes_cases_as_words(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[0] == next(check()).key, done.stderr
-    assert "gae/forward/float32/B=256,T=4096" in lines and not list(tmp_path.iterdir())
+    of_cpu = [case.key for case in SETS["cpu"]() if case.op == "gae"]
+    assert set(of_cpu) <= set(lines) and not list(tmp_path.iterdir())
     assert "gae/forward/float32/B=64,T=32768" not in lines, "of a GPU's set"
-    assert lines[-1].startswith(f"{len(lines) - 1} cases, ") and "at most about" in lines[-1]
+    assert f"{len(list(check())) + len(of_cpu)} cases, " in done.stdout
+    assert "at most about" in done.stdout and "0 MiB" not in lines[-1]
 
 
 def test_an_operations_name_means_its_cases_of_the_devices_set():
@@ -291,4 +297,62 @@ def test_an_operations_name_means_its_cases_of_the_devices_set():
     ],
 )
 def test_the_bench_says_where_it_is_and_what_is_left(told, said):
-    assert run._progress(*told) == said
+    assert telling.progress(*told) == said
+
+
+TOKEN_LOGP, GAE = "token_logp/forward/float32/N=4,V=64,B=2,T=2", "gae/forward/float32/B=2,T=9"
+STEP = "grpo_step/forward+backward/float32/V=500,H=32,B=4,T=8"
+
+
+def said_by(config: run.BenchConfig) -> str:
+    screen = Console(file=io.StringIO(), width=80)
+    run.run_bench(config, screen)
+    return screen.file.getvalue()
+
+
+def test_a_dry_run_counts_who_would_run_and_nothing_that_is_done(tmp_path):
+    path = str(tmp_path / "r.json")
+    dry = run.BenchConfig(cases=[TOKEN_LOGP, GAE, STEP], dry_run=True, output=path, **CHEAP)
+    known = contestants.contestants("token_logp")
+    able = [name for name, each in known.items() if not each.unable(SMALL, CPU)]
+    assert "rlcore triton" in known and "rlcore triton" not in able
+    assert f"1 cases, {len(able)} times of contestants" in said_by(
+        dataclasses.replace(dry, cases=[TOKEN_LOGP])
+    )
+    of_step = said_by(dataclasses.replace(dry, cases=[STEP]))
+    assert f"1 cases, {len(steps.CONTESTANTS)} times" in of_step and "logits are 62 KiB" in of_step
+    one = said_by(dataclasses.replace(dry, contestants=["rlcore-torch"]))
+    assert "3 cases, 2 times of contestants" in one
+    assert "logits" not in said_by(dataclasses.replace(dry, cases=[GAE]))
+    with pytest.raises(UserError, match="unknown contestant 'tlr'"):
+        said_by(dataclasses.replace(dry, contestants=["tlr"]))
+    assert not (tmp_path / "r.json").exists()
+    said_by(dataclasses.replace(dry, cases=[GAE], dry_run=False))
+    left = said_by(dataclasses.replace(dry, resume=True))
+    assert "2 cases, " in left and GAE not in left
+
+
+def test_a_stop_at_the_limit_names_no_case_that_does_not_run_and_counts_those_left(tmp_path):
+    path = str(tmp_path / "r.json")
+    whole = run.BenchConfig(cases=[TOKEN_LOGP, GAE], output=path, **CHEAP)
+    said_by(dataclasses.replace(whole, cases=[GAE]))
+    said = said_by(dataclasses.replace(whole, resume=True, limit_seconds=0.0))
+    assert said.splitlines() == ["stopped at the time limit, 1 cases left: --resume"]
+
+
+def test_a_case_fits_80_columns_with_its_remarks_below_the_table():
+    screen = Console(file=io.StringIO(), width=80)
+    note = "RuntimeError: " + "a long message of another library " * 3
+    given = [
+        Row(TOKEN_LOGP, "liger fused linear preference", seconds=1e-3, floor=1e-5, error=1e-7,
+            status="ok", peak_bytes=5000, more={"tokens/s": 12345}),
+        Row(TOKEN_LOGP, "rlcore torch", "failed", note=note),
+        Row(TOKEN_LOGP, "trl", "absent", note="needs trl"),
+    ]  # fmt: skip
+    telling.print_case(screen, Case.parse(TOKEN_LOGP), given)
+    lines = [line.rstrip() for line in screen.file.getvalue().splitlines()]
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[2] == "liger fused linear preference  1 ms   100.00  1e-07  5 KiB"
+    assert lines[4] == "liger fused linear preference: tokens/s 12345"
+    assert lines[5].startswith("rlcore torch: failed: RuntimeError: a long")
+    assert lines[-2] == "not run: trl (needs trl)"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from rlcore.bench.results import plots, report, results, tables
 from rlcore.bench.results.compare import CompareConfig, compare
 from rlcore.bench.results.results import Results, Row
+from rlcore.bench.static import static
 from rlcore.cli import main
 from rlcore.errors import UserError
 
@@ -187,3 +190,32 @@ def test_the_commands_say_what_is_missing(tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
     assert main(["bench", "report", "--help"]) == 0
     assert "--output-dir" in capsys.readouterr().out
+
+
+def test_a_comparison_fits_80_columns_a_case_on_a_line_of_its_own(tmp_path):
+    slow = [dataclasses.replace(r, seconds=9e-3, peak_bytes=1 << 27) for r in PAIR.rows[:1]]
+    wide = "linear_cross_entropy/forward+backward/bfloat16/N=8192,V=128256,H=4096,B=8,T=1024"
+    rows = [dataclasses.replace(r, case=wide) for r in (*PAIR.rows[:1], *slow)]
+    before = made(*PAIR.rows, rows[0])
+    after = made(*slow, *PAIR.rows[1:], rows[1])
+    screen = Console(file=io.StringIO(), width=80)
+    config = CompareConfig(
+        before=saved(before, tmp_path / "a.json"), after=saved(after, tmp_path / "b.json")
+    )
+    assert compare(config, screen) == 1
+    lines = [line.rstrip() for line in screen.file.getvalue().splitlines()]
+    assert wide in lines and all(len(line) <= 80 for line in lines if line != wide)
+    place = lines.index(wide)
+    assert lines[place + 1].startswith("  slower  rlcore torch  2 ms -> 9 ms (4.50 times)")
+    assert lines[place + 2] == "  larger  rlcore torch  64 MiB -> 128 MiB"
+    assert lines[-1].endswith("4 regressions")
+
+
+def test_moved_shows_no_empty_notes_and_those_that_there_are():
+    screen = Console(file=io.StringIO(), width=80)
+    entry = {"op": "token_logprob", "contestant": "rlcore triton", "reads": 2.0, "writes": 1.0}
+    other = {"contestant": "fla", "note": "launched no kernel here", "reads": 0.0, "writes": 0.0}
+    static._print(screen, "moved", [entry | {"note": ""}, entry | other])
+    lines = [line.rstrip() for line in screen.file.getvalue().splitlines()]
+    assert "note" not in lines[1] and "  fla: launched no kernel here" in lines
+    assert all(len(line) <= 80 for line in lines)

@@ -6,31 +6,28 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from rlcore.bench import floors, machine, memory, timing
+from rlcore.bench import floors, machine, memory, telling, timing
 from rlcore.bench.cases import Case, select
 from rlcore.bench.checking import TOLERANCES, Truth, call, gradients, with_leaves
 from rlcore.bench.contestants import steps
 from rlcore.bench.contestants.rows import Contestant, contestants, names
 from rlcore.bench.operations import OPERATIONS, Inputs, Operation
 from rlcore.bench.results import results
-from rlcore.bench.results.results import NOT_RUN, Results, Row
-from rlcore.bench.results.tables import fastest_first, row_cells
+from rlcore.bench.results.results import Results, Row
 from rlcore.errors import UserError, unknown_name
 from rlcore.runs.checked import Checked
 from rlcore.runs.ranges import Count, NotNegative, Range
 
 # below so many logits, what a call takes is the host's time to issue it
 MOST_IDLE_LOGITS = 1 << 16
-GPU_SECONDS = 1.0  # a contestant in a case: 300 ms of calls, a warm-up, and its check
 
 
 @dataclass
@@ -84,13 +81,14 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Results | 
     device = _device(config.device)
     of_device = device.type.replace("cuda", "gpu")
     cases = select(config.cases or [of_device], of_device)
-    if config.dry_run:
-        for line in _cost(config, device, cases):
-            console.print(line, highlight=False, soft_wrap=True)
-        return None
     _check_names(config.contestants)
-    torch.set_num_threads(config.threads if device.type == "cpu" else torch.get_num_threads())
     path = Path(config.output) if config.output else default_output(device)
+    if config.dry_run:
+        done = set(results.load(path).cases) if config.resume and path.exists() else set()
+        cases = [case for case in cases if case.key not in done]
+        telling.print_cost(console, cases, _wanted(config), device, config.case_seconds)
+        return None
+    torch.set_num_threads(config.threads if device.type == "cpu" else torch.get_num_threads())
     run = _open(config, device, path, cases)
     done, begun, measured = set(run.cases), time.perf_counter(), 0
     for number, case in enumerate(cases):
@@ -98,47 +96,19 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> Results | 
             continue
         left = sum(each.key not in done for each in cases[number:])
         passed = time.perf_counter() - begun
-        console.print(_progress(number, len(cases), left, measured, passed), style="dim")
-        measured += 1
-        if time.perf_counter() - begun > config.limit_seconds:
-            console.print(f"stopped at the time limit, {len(cases) - number} cases left: --resume")
+        if passed > config.limit_seconds:
+            console.print(f"stopped at the time limit, {left} cases left: --resume")
             return run
+        where = telling.progress(number, len(cases), left, measured, passed)
+        console.print(where, style="dim", highlight=False)
+        measured += 1
         run.rows += measure_case(case, config, device, floors.Floors(**run.floors))
         run.save(path)
-        _print_case(console, case, run.of(case.key))
+        telling.print_case(console, case, run.of(case.key))
     run.finished = True
     run.save(path)
     console.print(f"written to {path}", highlight=False)
     return run
-
-
-def _progress(number: int, count: int, left: int, measured: int, passed: float) -> str:
-    """case 8 of 39, about 4 min left: as long a case as those before took."""
-    place = f"case {number + 1} of {count}"
-    return f"{place}, about {_minutes(passed / measured * left)} left" if measured else place
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def _cost(config: BenchConfig, device: torch.device, cases: Sequence[Case]) -> Iterator[str]:
-    """Each case, then how long all may take and how much memory the largest wants."""
-    yield from (case.key for case in cases)
-    entrants = {case: len(contestants(case.op)) for case in cases if case.op in OPERATIONS}
-    widest = max(
-        (case.N * case.V * getattr(torch, case.dtype).itemsize for case in cases), default=0
-    )
-    if device.type == "cpu":
-        # the rounds stop at case_seconds; the check of each contestant and its memory come besides
-        most = _minutes(config.case_seconds * len(cases))
-        time_taken = f"at most about {most} of rounds, and a check of each contestant"
-    else:
-        time_taken = f"about {_minutes(sum(entrants.values()) * GPU_SECONDS)}"
-    yield (
-        f"{len(cases)} cases, {sum(entrants.values())} times of contestants: {time_taken}; the "
-        f"largest logits are {widest / 2**20:.0f} MiB"
-    )
 
 
 def default_output(device: torch.device) -> Path:
@@ -156,6 +126,11 @@ def _device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device here: leave it out")
     return torch.device(name)
+
+
+def _wanted(config: BenchConfig) -> set[str]:
+    """The contestants that were named, as the tables call them; none: all."""
+    return {name.replace("-", " ") for name in config.contestants}
 
 
 def _check_names(wanted: Sequence[str]) -> None:
@@ -204,7 +179,7 @@ def measure_case(
     case: Case, config: BenchConfig, device: torch.device, floor: floors.Floors
 ) -> list[Row]:
     """The rows of one case: every contestant checked, then those that ran timed."""
-    wanted = {name.replace("-", " ") for name in config.contestants}
+    wanted = _wanted(config)
     if case.op == "grpo_step":
         return steps.measure(case, wanted, device, config.rounds, config.case_seconds)
     torch.manual_seed(0)
@@ -309,19 +284,3 @@ def _with_times(row: Row, times: timing.Times, peak: int | None) -> Row:
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
-
-
-def _print_case(console: Console, case: Case, rows: Sequence[Row]) -> None:
-    console.print(f"[bold]{case.key}[/bold]", highlight=False, soft_wrap=True)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("contestant", "time", "x floor", "error", "peak", ""):
-        table.add_column(heading, justify="left" if heading in ("contestant", "") else "right")
-    ran = [row for row in rows if row.status not in NOT_RUN]
-    for row in fastest_first(ran):
-        name, seconds, _, ratio, error, peak, remark = row_cells(row)
-        table.add_row(name, seconds, ratio, error, peak, remark)
-    console.print(table)
-    left_out = [f"{row.contestant} ({row.note})" for row in rows if row.status in NOT_RUN]
-    if left_out:
-        console.print(f"not run: {', '.join(left_out)}", style="dim", highlight=False)
-    console.print()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -69,16 +70,20 @@ def compare(config: CompareConfig, console: Console | None = None) -> int:
     if not shared:
         raise UserError("no contestant and case is in both files")
     console = console or Console()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "contestant", "case", "change"):
-        table.add_column(heading, overflow="fold")
-    for change in found:
-        table.add_row(change.kind, change.row.contestant, change.row.case, change.text)
-    if found:
-        console.print(table)
+    for case in dict.fromkeys(change.row.case for change in found):
+        _print_case(console, case, [change for change in found if change.row.case == case])
     regressions = sum(change.kind in REGRESSIONS for change in found)
     console.print(f"{shared} compared, {regressions} regressions", highlight=False)
     return int(regressions > 0)
+
+
+def _print_case(console: Console, case: str, found: Sequence[Change]) -> None:
+    """A case is a line of its own: 80 columns hold what changed in it."""
+    console.print(case, style="bold", highlight=False, markup=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for change in found:
+        table.add_row(f"  {change.kind}", change.row.contestant, change.text)
+    console.print(table)
 
 
 def changes(before: Results, after: Results, config: CompareConfig) -> tuple[list[Change], int]:

@@ -23,6 +23,8 @@ def seconds_text(seconds: float | None) -> str:
 def bytes_text(count: int | None) -> str:
     if count is None:
         return ""
+    if 0 < count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**20:.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GiB"
 
 

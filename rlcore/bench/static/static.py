@@ -240,10 +240,13 @@ def _print(console: Console, title: str, entries: Sequence[dict]) -> None:
                 name = entry.get("kernel", entry["contestant"])
                 table.add_row(name, *(_cell(entry[heading]) for heading in rows))
         console.print(table)
+        for entry in entries:
+            if entry["op"] == op and entry.get("note"):
+                console.print(f"  {entry['contestant']}: {entry['note']}", style="dim")
     console.print()
 
 
-_MOVED = ("reads", "writes", "note")
+_MOVED = ("reads", "writes")
 _COMPILATIONS = ("compilations", "lengths")
 
 
