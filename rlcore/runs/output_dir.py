@@ -35,7 +35,7 @@ REPLACED = ".replaced"
 _HALF_MOVED = ".replaced.partial"  # on its way into REPLACED, or back from there
 # what runs write besides what their record names: without a result, and with one
 _EARLY = {METRICS_FILE, COMPLETIONS_FILE, CONFIG_FILE, RECORD_FILE, "tensorboard", "wandb"}
-_EARLY |= {"metrics.partial", "completions.partial"}
+_EARLY |= {"swanlab", "metrics.partial", "completions.partial"}
 _PIECES = (
     rf"checkpoint-\d+|{BEST}|value_model|value_head\.safetensors"  # what a run writes as a whole
 )

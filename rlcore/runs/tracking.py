@@ -73,6 +73,7 @@ class Tracker:
         )
         self._file: Any = None
         self._reporters: list[Any] = []
+        self._without_samples: set[str] = set()  # trackers of which that was said
         self._warnings = Warnings()
 
     def __enter__(self) -> Tracker:
@@ -131,7 +132,13 @@ class Tracker:
         if self._enabled and samples:
             append_samples(self._path.parent, step, split, samples)
             for reporter in self._reporters:
-                reporter.samples(step, split, samples)
+                taken = reporter.samples(step, split, samples)
+                if not taken and reporter.name not in self._without_samples:
+                    self._without_samples.add(reporter.name)
+                    self._display.message(
+                        f"{reporter.name} takes no tables: the samples are in {COMPLETIONS_FILE} "
+                        "alone"
+                    )
             self._display.show_samples(step, samples)
 
     def phase(self, name: str) -> None:
