@@ -21,6 +21,7 @@ from rlcore.sampling import server as http_server
 from rlcore.sampling.sampler import LocalSampler, SamplingOptions
 from rlcore.sampling.served_weights import write_served
 from rlcore.sampling.vllm import VLLMSampler
+from rlcore.trainers.distill import DistillConfig, train_distill
 from rlcore.trainers.dpo import DPOConfig, train_dpo
 from rlcore.trainers.grpo import GRPOConfig, train_grpo
 from rlcore.trainers.options.sampling import SamplingConfig
@@ -239,14 +240,18 @@ def test_an_adapter_is_merged_into_what_the_server_loads(tmp_path, server):
         (train_ppo, PPOConfig),
         (train_trpo, TRPOConfig),
         (train_dpo, DPOConfig),
+        (train_distill, DistillConfig),
     ],
 )
 def test_every_trainer_that_samples_takes_it(tmp_path, server, train, config_class):
     grpo = config_of(tmp_path, server, max_steps=2)
     shared = {field.name: getattr(grpo, field.name) for field in dataclasses.fields(SamplingConfig)}
     del shared["learning_rate"]  # TRPO has none
-    online = {"online": True} if config_class is DPOConfig else {}
-    train(config_class(**shared, **online), reward_funcs=[lengths])
+    own = {
+        DPOConfig: {"online": True},
+        DistillConfig: {"teacher": str(tmp_path / "served"), "lmbda": 1.0},
+    }
+    train(config_class(**shared, **own.get(config_class, {})), reward_funcs=[lengths])
     assert lines(tmp_path / "run")[-1]["sampling/logp_difference/max"] < 1e-5
 
 
