@@ -11,6 +11,8 @@ from test_layers import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+MOST_LINES = 300
+STILL_LONG = {"kernels/triton_backend/categorical_kl.py", "rlcore/bench/run.py"}
 PLACES = "kernels|rlcore|tests|tests_integrations|benchmarks|recipes|examples|docs"
 PATH = re.compile(rf"(?<![\w./-])(?:{PLACES})/(?:[\w.-]+/?)*")
 NAMES = re.compile(r"(?P<indent> *)(?P<names>[\w.]+(?:\.py|/)(?:, [\w.]+\.py)*)")
@@ -88,3 +90,20 @@ def test_the_floors_are_those_of_the_layer_test():
 def test_a_file_of_the_tables_defines_what_they_name(path):
     named = {name for place, names in rows() if place == path for name in names}
     assert sorted(named - defined(path)) == []
+
+
+@pytest.mark.parametrize("half", ["kernels", "rlcore"])
+def test_a_file_has_at_most_300_lines(half):
+    long = {
+        path.relative_to(ROOT).as_posix(): lines
+        for path in (ROOT / half).rglob("*.py")
+        if (lines := len(path.read_text("utf-8").splitlines())) > MOST_LINES
+    }
+    assert {name: n for name, n in long.items() if name not in STILL_LONG} == {}
+
+
+def test_the_halves_show_few_entries():
+    """What `ls` shows, without caches and what packaging leaves behind."""
+    for half, most in {"kernels": 12, "rlcore": 16}.items():
+        shown = [p for p in (ROOT / half).iterdir() if p.name[0] not in "._" or p.suffix == ".py"]
+        assert len(shown) <= most, sorted(p.name for p in shown)

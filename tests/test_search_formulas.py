@@ -20,8 +20,9 @@ from mpmath import mp
 
 import rlcore as rl
 from rlcore.integrations.logp_loss import policy_loss_from_logp
+from rlcore.kernels.formulas.f_divergences import F_DIVERGENCES
 from rlcore.kernels.formulas.kl import POLICY_KL_ESTIMATORS
-from rlcore.kernels.formulas.pair_losses import F_DIVERGENCES, PREFERENCE_LOSSES
+from rlcore.kernels.formulas.pair_losses import PREFERENCE_LOSSES
 from rlcore.kernels.formulas.surrogates import SURROGATES
 
 T, V = 3, 3

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from rlcore.errors import UserError
-from rlcore.runs.display import clock, short, trend
+from rlcore.runs.figures import clock, short, trend
 from rlcore.runs.tracking import Tracker, read_metrics
 
 

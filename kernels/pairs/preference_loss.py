@@ -22,7 +22,8 @@ from ..checks import (
     check_positive,
     checks_types,
 )
-from ..formulas.pair_losses import F_DIVERGENCES, PREFERENCE_LOSSES, Pairs, Parameters
+from ..formulas.f_divergences import F_DIVERGENCES
+from ..formulas.pair_losses import PREFERENCE_LOSSES, Pairs, Parameters
 from ..limits import FARTHEST, held, log_ratio, times
 
 

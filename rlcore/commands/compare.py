@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rlcore.errors import UserError, unknown_name
 from rlcore.runs.checked import Checked
-from rlcore.runs.display import bars_for, short
+from rlcore.runs.figures import bars_for, short
 from rlcore.runs.reading import RunFiles, decisive_metric, read_run
 
 # what no two runs have alike, and nothing is learned from

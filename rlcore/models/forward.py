@@ -74,6 +74,19 @@ def completion_logits(
     return outputs.logits[:, -completion_length:]
 
 
+class CompletionLogits(torch.nn.Module):
+    """A causal language model as a function of judged completions: their (B, C, V) logits."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return completion_logits(
+            self.model, batch.input_ids, batch.attention_mask, batch.completion_length
+        )
+
+
 def completion_outputs(
     model: torch.nn.Module,
     input_ids: torch.Tensor,

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from rlcore.errors import UserError
-from rlcore.runs.display import higher_is_better
+from rlcore.runs.figures import higher_is_better
 from rlcore.runs.output_dir import COMPLETIONS_FILE, CONFIG_FILE, METRICS_FILE
 from rlcore.runs.run_record import read_record
 from rlcore.runs.tracking import read_metrics

@@ -18,7 +18,7 @@ import torch
 
 import rlcore as rl
 from rlcore.errors import UserError
-from rlcore.models.forward import completion_logits
+from rlcore.models.forward import CompletionLogits
 from rlcore.sampling.rewards import RewardLike
 from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.options.trpo import ADVANTAGES, TRPOConfig, check_trpo_config
@@ -120,19 +120,6 @@ def train_trpo(
             held.after(step)
             save_if_due(run, step)
         return finish_run(run, log, critic and critic.save)
-
-
-class CompletionLogits(torch.nn.Module):
-    """A causal language model as a function of an Experience: (B, C, V) logits."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, part: Experience) -> torch.Tensor:
-        return completion_logits(
-            self.model, part.input_ids, part.attention_mask, part.completion_length
-        )
 
 
 def _freeze_others(run: Run) -> None:

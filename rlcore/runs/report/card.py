@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlcore.runs.atomic import staged_file
-from rlcore.runs.display import short, trend
+from rlcore.runs.figures import short, trend
 from rlcore.runs.reading import RunFiles, decisive_metric
 from rlcore.runs.report.page import warnings_of
 from rlcore.runs.run_record import is_sealed, sealed

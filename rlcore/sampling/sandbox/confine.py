@@ -12,19 +12,15 @@ import contextlib
 import dataclasses
 import math
 import os
-import select
-import signal
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NoReturn
 
 from . import linux
+from .processes import HAS_PROC, kill_all, threads_of, watch
 
-_POLL_SECONDS = 0.05
-_HAS_PROC = os.path.isdir("/proc/self")
 _ETC = ("/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/nsswitch.conf")
 
 
@@ -75,7 +71,7 @@ def _keep(
     directory = os.path.realpath("../program")
     user = linux.NOBODY if "uid" in fences else os.getuid()
     os.chown(directory, user, -1)
-    threads = _threads_of(user)
+    threads = threads_of(user)
     if {"uid", "user"} <= set(fences):
         linux.leave_root()
     if spaces := {name for name in fences if name in linux.NAMESPACES}:
@@ -89,7 +85,7 @@ def _keep(
         _exit_with(lambda: _guard(run, fences, limits, keep, ended, directory, threads))
     # The judge's end of `ended` closes, the guard ends, and so do we.
     os.waitpid(guard, 0)
-    _kill_all(guard)  # where no namespace does it, a program may have killed the guard
+    kill_all(guard)  # where no namespace does it, a program may have killed the guard
 
 
 def _guard(
@@ -122,9 +118,12 @@ def _guard(
     try:
         if on_linux:
             linux.drop_capabilities()
-        _watch(worker, ended, limits, directory)
+        watch(
+            worker, ended, directory, memory_bytes=limits.memory_bytes,
+            file_bytes=limits.file_bytes, processes=limits.processes,
+        )  # fmt: skip
     finally:
-        _kill_all(worker)
+        kill_all(worker)
 
 
 def _work(
@@ -144,7 +143,7 @@ def _work(
     os.environ.update(HOME=directory, TMPDIR=directory)
     own_count = "user" in fences and _kernel() >= (5, 14)
     count = limits.processes + (0 if own_count else threads)
-    processes = {"RLIMIT_NPROC": count} if _HAS_PROC else {}
+    processes = {"RLIMIT_NPROC": count} if HAS_PROC else {}
     linux.set_limits(_resource_limits(limits) | processes)
     if sys.platform == "linux":
         linux.hide_memory(False)  # there is nothing in it but the program
@@ -186,90 +185,6 @@ def _resource_limits(limits: Limits) -> dict[str, int]:
 
 def _kernel() -> tuple[int, ...]:
     return tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
-
-
-def _watch(worker: int, ended: int, limits: Limits, directory: str) -> None:
-    """Return when the worker or the judge has ended, or the processes together take too much."""
-    while not select.select([ended], [], [], _POLL_SECONDS)[0]:
-        while True:
-            try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == worker:
-                return
-            if pid == 0:
-                break
-        below = _descendants()
-        taken = sum(_memory(pid) for pid in below)
-        if taken > limits.memory_bytes or len(below) > limits.processes:
-            return
-        if _disk(directory) > limits.file_bytes:
-            return
-
-
-def _kill_all(worker: int) -> None:
-    """Kill all descendants; orphans among them have been adopted, so none is missed."""
-    if not _HAS_PROC:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker, signal.SIGKILL)
-        return
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        for pid in _descendants():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        time.sleep(0.001)
-
-
-def _processes() -> list[str]:
-    return [name for name in os.listdir("/proc") if name.isdigit()] if _HAS_PROC else []
-
-
-def _descendants() -> list[int]:
-    parents = {}
-    for name in _processes():
-        with contextlib.suppress(OSError):
-            stat = Path("/proc", name, "stat").read_text()
-            parents[int(name)] = int(stat.rpartition(")")[2].split()[1])
-    found = [os.getpid()]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found[1:]
-
-
-def _memory(pid: int) -> int:
-    try:
-        pages = int(Path("/proc", str(pid), "statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _disk(directory: str) -> int:
-    total = 0
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
-    return total
-
-
-def _threads_of(user: int) -> int:
-    """How many threads the user has: a limit on processes counts them all."""
-    count = 0
-    for name in _processes():
-        with contextlib.suppress(OSError, IndexError):
-            status = Path("/proc", name, "status").read_text()
-            fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-            if int(fields["Uid"].split()[0]) == user:
-                count += int(fields["Threads"])
-    return count
 
 
 def probe(fences: Iterable[str]) -> list[str]:

@@ -77,7 +77,7 @@ class Program:
 
     def _apply_changes(self) -> None:
         while self._changes and not self._held:
-            _update(*self._changes.pop(0))
+            wire.updated(*self._changes.pop(0))
 
     def _ask(self, request: Any) -> Any:
         wire.send(self._requests, request)
@@ -286,24 +286,3 @@ for _name in _COMPARISONS.split():
 for _name in _ARITHMETIC.split():
     setattr(StandIn, f"__{_name.rstrip('_')}__", _binary(_name))
     setattr(StandIn, f"__r{_name.rstrip('_')}__", _binary(_name, swapped=True))
-
-
-def _update(old: Any, new: Any) -> Any:
-    """Give `old`, where it can change, what `new` holds; returns what stands for both."""
-    if type(old) is not type(new):
-        return new
-    if isinstance(old, list | bytearray):
-        old[:] = [_update(*pair) for pair in zip(old, new, strict=False)] + list(new[len(old) :])
-    elif hasattr(old, "appendleft"):
-        old.clear()
-        old.extend(new)
-    elif isinstance(old, dict):
-        kept = {key: _update(old[key], value) for key, value in new.items() if key in old}
-        old.clear()
-        old.update(new | kept)
-    elif isinstance(old, set):
-        old.clear()
-        old.update(new)
-    else:
-        return new
-    return old

@@ -175,3 +175,24 @@ def is_shared(kind: Any) -> bool:
     if issubclass(kind, BaseException):
         return module in sys.stdlib_module_names and module != "unittest"
     return module == "builtins"
+
+
+def updated(old: Any, new: Any) -> Any:
+    """Give `old`, where it can change, what `new` holds; returns what stands for both."""
+    if type(old) is not type(new):
+        return new
+    if isinstance(old, list | bytearray):
+        old[:] = [updated(*pair) for pair in zip(old, new, strict=False)] + list(new[len(old) :])
+    elif hasattr(old, "appendleft"):
+        old.clear()
+        old.extend(new)
+    elif isinstance(old, dict):
+        kept = {key: updated(old[key], value) for key, value in new.items() if key in old}
+        old.clear()
+        old.update(new | kept)
+    elif isinstance(old, set):
+        old.clear()
+        old.update(new)
+    else:
+        return new
+    return old

@@ -10,7 +10,7 @@ from typing import Any
 from rlcore.errors import unknown_name
 from rlcore.models.pretrained import no_progress_bars
 from rlcore.runs import checkpoint
-from rlcore.runs.display import higher_is_better
+from rlcore.runs.figures import higher_is_better
 from rlcore.runs.output_dir import BEST
 from rlcore.trainers.options.base import KEEP_BEST
 from rlcore.trainers.shared.metrics import Clock, Log
