@@ -13,10 +13,12 @@ from rich.console import Console
 
 from rlcore.demo import arithmetic, recipes, survey, survey_report
 from rlcore.demo.demo import DemoConfig, demo
+from rlcore.demo.filling import Filling
 from rlcore.demo.survey import METHODS, SAMPLES, Measurement, Outcome, run_survey
 from rlcore.demo.survey_report import Survey, show
 from rlcore.errors import UserError
 from rlcore.runs.checkpoint import checkpoints
+from rlcore.runs.display import Display
 from rlcore.trainers.dpo import DPOConfig
 
 
@@ -134,18 +136,94 @@ def test_every_method_learns_from_as_many_samples(name, tmp_path):
     assert batches * config.completions_per_process == SAMPLES
 
 
-def test_each_method_is_told_as_it_ends_beside_what_the_docs_say():
-    text = (Path(__file__).parents[1] / "docs" / "survey.md").read_text(encoding="utf-8")
-    cells = re.findall(
-        r"^\| ([\w-]+) \| ([\w ]+) \| [^|]+ \| [\d.]+ \((\.\d+)-(\.\d+)\)", text, re.M
-    )
-    written = {(label, judge): (float(low), float(high)) for label, judge, low, high in cells}
+ROW = re.compile(
+    r"^\| ([\w-]+) \| ([\w ]+) \| [\d.]+ \((\.\d+)-(\.\d+)\) \| [\d.]+ \((\.\d+)-(\.\d+)\)", re.M
+)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/survey.md"])
+def test_the_ranges_are_those_of_the_pages(page):
+    cells = ROW.findall((Path(__file__).parents[1] / page).read_text(encoding="utf-8"))
+    numbers = {(label, judge): tuple(map(float, ends)) for label, judge, *ends in cells}
+    written = {key: (ends[:2], ends[2:]) for key, ends in numbers.items()}
     assert written == survey_report.PUBLISHED
     assert {(m.label, m.judge) for m in METHODS.values()} == written.keys()
+
+
+def test_each_method_is_told_as_it_ends_beside_the_ranges_and_what_is_outside():
     end = Measurement(samples=5120, greedy=0.9861, sampled=0.77, kl=0.2)
     assert survey_report.came_out(5, 8, METHODS["grpo"], end) == (
-        "5 of 8: GRPO on the verifier: greedy 0.986, sampled 0.770 (docs/survey.md: 0.766 to 0.832)"
+        "5 of 8: GRPO on the verifier: greedy 0.986 (.977-.992), sampled 0.770 (.766-.832)"
     )
+    end = dataclasses.replace(end, greedy=0.9769, sampled=0.9)
+    told = survey_report.came_out(5, 8, METHODS["grpo"], end)
+    assert told.endswith("greedy 0.977 (.977-.992), sampled 0.900 (.766-.832)!")
+
+
+def test_the_end_says_what_is_outside_the_ranges():
+    ends = {
+        name: Measurement(
+            SAMPLES, *(low for low, _ in survey_report.PUBLISHED[m.label, m.judge]), 0
+        )
+        for name, m in METHODS.items()
+    }
+    runs = {name: [Outcome((end,), 1.0)] for name, end in ends.items()}
+    told = survey_report.against_readme(Survey(range(1), METHODS, runs, [1.0]))
+    assert told == "All accuracies are within README's ranges."
+    runs["dpo"] = [Outcome((dataclasses.replace(ends["dpo"], greedy=0.9),), 1.0)]
+    told = survey_report.against_readme(Survey(range(1), METHODS, runs, [1.0]))
+    assert "DPO on the pairs, greedy 0.900 (there 0.959 to 0.990)." in told
+    assert told.count("(there") == 1
+
+
+def test_on_a_terminal_the_table_fills_in():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    end = Measurement(samples=5120, greedy=0.986, sampled=0.77, kl=0.2)
+    with Filling(console, METHODS) as filling:
+        filling.seed(3)
+        filling.begin("pg")
+        filling.on_step(7, {"reward": 0.5})
+        seen = Console(file=io.StringIO(), width=80)
+        seen.print(filling._render())
+        assert "step 7, reward 0.500" in seen.file.getvalue()
+        assert filling.given == {"callbacks": filling}
+        assert Display(None, 9, "PG", ("reward",))._console.quiet
+        filling.end("pg", end)
+        filling.begin("trpo")
+        seen = Console(file=io.StringIO(), width=80)
+        seen.print(filling._render())
+    lines = [line.rstrip() for line in seen.file.getvalue().splitlines()]
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[0] == "seed 3, 2 of 8: TRPO on the verifier"
+    (pg,) = [line for line in lines if line.startswith("PG ")]
+    assert pg.split() == ["PG", "verifier", "0.986", "(.973-.990)", "0.770", "(.904-.947)!", "0.20"]
+    (trpo,) = [line for line in lines if line.startswith("TRPO")]
+    assert "training" in trpo
+    assert not Display(None, 9, "PG", ("reward",))._console.quiet
+
+
+def test_in_a_file_a_method_is_a_line():
+    console = Console(file=io.StringIO(), width=80)
+    end = Measurement(samples=5120, greedy=0.986, sampled=0.77, kl=0.2)
+    with Filling(console, METHODS) as filling:
+        filling.seed(0)
+        filling.begin("pg")
+        filling.end("pg", end)
+        assert filling.given == {}
+        assert not Display(None, 9, "PG", ("reward",))._console.quiet
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].startswith("seed 0, problems") and lines[1].startswith("seed 0, 1 of 8: PG")
+    assert lines[2].startswith("1 of 8: PG on the verifier: greedy 0.986 (.973-.990), ")
+    assert "\x1b" not in console.file.getvalue()
+
+
+def test_a_run_on_a_terminal_is_seen_in_the_table_alone(short, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(survey, "METHODS", {"pg": METHODS["pg"]})
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    run_survey(tmp_path / "all", range(7, 8), console=console)
+    said = console.file.getvalue()
+    assert "1 of 1: PG on the verifier" in said and "README's ranges" in said
+    assert "PG " not in capfd.readouterr().err
 
 
 def test_the_pairs_of_dpo_took_as_many_samples(tmp_path):

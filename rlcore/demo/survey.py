@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from rich.console import Console
 import rlcore as rl
 from rlcore.demo import arithmetic as task
 from rlcore.demo import recipes, survey_report
+from rlcore.demo.filling import Filling
 from rlcore.demo.survey_report import Survey
 from rlcore.models.forward import completion_logits
 from rlcore.models.loading import load_reference, load_tokenizer
@@ -60,7 +61,7 @@ class Method:
 
     label: str
     judge: str
-    train: Callable[[Any], Any]  # a config -> Result
+    train: Callable[..., Any]  # a config -> Result
     recipe: Callable[[Start, Path, int], Any]  # (start, output_dir, seed) -> config
 
 
@@ -132,19 +133,17 @@ def run_survey(
     directory = Path(directory)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in METHODS}
     accuracies = []
-    for seed in seeds:
-        home = directory / f"seed{seed}"
-        start, accuracy = _make_start(console, home, seed)
-        accuracies.append(accuracy)
-        for number, (name, method) in enumerate(METHODS.items(), start=1):
-            place = f"{number} of {len(METHODS)}"
-            console.rule(
-                f"seed {seed}, {place}: {method.label} on the {method.judge}", align="left"
-            )
-            outcome = _run_method(method, home / name, start, seed)
-            outcomes[name].append(outcome)
-            told = survey_report.came_out(number, len(METHODS), method, outcome.curve[-1])
-            console.print(told, soft_wrap=True)
+    with Filling(console, METHODS) as filling:
+        for seed in seeds:
+            home = directory / f"seed{seed}"
+            filling.seed(seed)
+            start, accuracy = _make_start(home, seed, filling.given)
+            accuracies.append(accuracy)
+            for name, method in METHODS.items():
+                filling.begin(name)
+                outcome = _run_method(method, home / name, start, seed, filling.given)
+                outcomes[name].append(outcome)
+                filling.end(name, outcome.curve[-1])
     survey = Survey(seeds, METHODS, outcomes, accuracies)
     survey_report.write(directory, survey)
     survey_report.show(console, survey)
@@ -154,34 +153,36 @@ def run_survey(
     return outcomes
 
 
-def _make_start(console: Console, home: Path, seed: int) -> tuple[Start, float]:
+def _make_start(home: Path, seed: int, given: Mapping[str, Any]) -> tuple[Start, float]:
     """The warm start, its pairs, the reward model, and that model's accuracy on held-out pairs."""
-    console.rule(f"seed {seed}: problems, warm start, pairs, reward model", align="left")
     if not (home / "task").is_dir():
         with staged(home / "task") as directory:
             task.make_task(directory, seed)
     paths = task.task_paths(home / "task")
-    sft = _trained(train_sft, recipes.sft_config(paths, home / "sft", seed))
+    sft = _trained(train_sft, recipes.sft_config(paths, home / "sft", seed), given)
     if not (home / "pairs").is_dir():
         with staged(home / "pairs") as directory:
             task.make_pairs(paths, sft, directory, seed)
     pairs = task.pair_paths(home / "pairs")
     config = recipes.reward_model_config(pairs, sft, home / "reward_model", seed)
-    start = Start(paths, sft, pairs, _trained(train_reward_model, config))
+    start = Start(paths, sft, pairs, _trained(train_reward_model, config, given))
     last = read_metrics(start.reward_model / METRICS_FILE)[-1]
     return start, last["eval/accuracy"]
 
 
-def _trained(train: Callable[[Any], Any], config: Any) -> Path:
+def _trained(train: Callable[..., Any], config: Any, given: Mapping[str, Any]) -> Path:
     """The model in the config's output directory, trained now unless it is there whole."""
     directory = Path(config.output_dir)
     if not (directory / "config.json").exists():
         resumed = last_checkpoint(directory) is not None
-        train(dataclasses.replace(config, resume=resumed, overwrite_output_dir=not resumed))
+        config = dataclasses.replace(config, resume=resumed, overwrite_output_dir=not resumed)
+        train(config, **given)
     return directory
 
 
-def _run_method(method: Method, directory: Path, start: Start, seed: int) -> Outcome:
+def _run_method(
+    method: Method, directory: Path, start: Start, seed: int, given: Mapping[str, Any]
+) -> Outcome:
     done = directory / "outcome.json"
     if done.exists():
         return _read_outcome(done)
@@ -190,7 +191,7 @@ def _run_method(method: Method, directory: Path, start: Start, seed: int) -> Out
     every = max(1, steps // MEASUREMENTS)
     # it is measured here, by itself
     config = dataclasses.replace(config, save_steps=every, eval_dataset=None, eval_steps=0)
-    _trained(method.train, config)
+    _trained(method.train, config, given)
     # where the steps do not divide evenly there is one more, near the end
     models = [(0, start.sft), *checkpoints(directory)[: MEASUREMENTS - 1]]
     measure = partial(_measure, start=start)

@@ -48,6 +48,20 @@ def loading(text: str) -> Iterator[None]:
         _end_loading()
 
 
+_is_quiet = False  # while another screen shows what runs do
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Runs that start within show nothing, because the caller does."""
+    global _is_quiet
+    before, _is_quiet = _is_quiet, True
+    try:
+        yield
+    finally:
+        _is_quiet = before
+
+
 def _end_loading() -> None:
     global _loading
     if _loading is not None:
@@ -68,6 +82,8 @@ class Display:
         subtitle: str = "",
     ):
         self._console = console or Console(stderr=True)
+        if _is_quiet:
+            self._console = Console(quiet=True, force_terminal=False)
         self._total = total_steps
         self._description, self._subtitle = description, subtitle
         self._phase = ""  # what the run does now
