@@ -202,3 +202,26 @@ def test_a_derivative_that_is_not_finite_spoils_its_own_token_alone(bad):
     (want,) = torch.autograd.grad(all_logp[[0, 2], target[[0, 2]]], exact, given[[0, 2]].double())
     torch.testing.assert_close(got[[0, 2]].double(), want[[0, 2]], rtol=5e-3, atol=1e-5)
     assert not got[1].isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [517, 520])
+def test_nothing_is_read_of_memory_that_nobody_has_written(monkeypatch, vocabulary):
+    """A CPU's product with tile units reads what stands between two rows of its operand."""
+    empty = torch.empty
+
+    def spoiled(*size, **options):
+        made = empty(*size, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    torch.manual_seed(0)
+    hidden = torch.randn(8, 4, 64, device=DEVICE).bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, 64, device=DEVICE).bfloat16().requires_grad_()
+    target = torch.randint(vocabulary, (8, 4), device=DEVICE)
+    mask = (torch.arange(4, device=DEVICE) < 3).expand(8, 4)
+    monkeypatch.setattr(torch, "empty", spoiled)
+    out = rl.linear_policy_loss(
+        hidden, weight, target, torch.ones(8, device=DEVICE), mask=mask, surrogate="reinforce",
+        backend="triton",
+    )  # fmt: skip
+    out.loss.backward()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()

@@ -57,6 +57,9 @@ class Chunk:
         if gradient and (products.low_precision or run.head.softcap is not None):
             like["dtype"] = products.weight.dtype
             self.all_dz = torch.empty((max(plan.dz_tokens, plan.chunk_tokens), width), **like)
+        # a CPU's product of bfloat16 with tile units reads on past a row's end, and multiplies
+        # what it finds by 0: a NaN there would spoil the row
+        self.all_dz[:, self.vocabulary :] = 0
 
     def compacted(self, ds: Tensor, where: Tensor) -> Tensor:
         """ds[where], in the logits' memory where the gradient has its own: they are used up."""
