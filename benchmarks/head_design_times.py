@@ -22,7 +22,7 @@ from rlcore.bench.cases import Case, head
 from rlcore.bench.contestants.head import HEAD_CONTESTANTS
 from rlcore.bench.operations import EPSILON, OPERATIONS, Inputs
 from rlcore.bench.run import BenchConfig, run_bench
-from rlcore.kernels.head import token_passes as linear_passes
+from rlcore.kernels import torch_backend
 from rlcore.kernels.head.products import Products
 
 NAMES = {"linear_policy_loss": "over old lse", "linear_token_logprob": "statistics in the product"}
@@ -54,14 +54,14 @@ class RowKernel:
     """Seconds spent in the row kernel, while it is patched in."""
 
     def __init__(self):
-        self.seconds, self.original = 0.0, linear_passes.rows_policy._forward_backward
+        self.seconds, self.original = 0.0, torch_backend.policy_loss_forward_backward
 
     def __enter__(self) -> RowKernel:
-        linear_passes.rows_policy._forward_backward = self
+        torch_backend.policy_loss_forward_backward = self
         return self
 
     def __exit__(self, *_) -> None:
-        linear_passes.rows_policy._forward_backward = self.original
+        torch_backend.policy_loss_forward_backward = self.original
 
     def __call__(self, *arguments):
         started = time.perf_counter()

@@ -74,11 +74,11 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
         by_device = "triton" if tensor.is_cuda and HAS_TRITON else "torch"
         name = _chosen.name or _environment_default or by_device
     if name == "triton":
-        _check_triton_serves(tensor)
+        check_triton_serves(tensor)
     return name
 
 
-def _check_triton_serves(tensor: Tensor) -> None:
+def check_triton_serves(tensor: Tensor) -> None:
     if not HAS_TRITON:
         raise ValueError("backend 'triton' needs the package triton, which is not installed here")
     if not tensor.is_cuda and not INTERPRETED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ AUTOCAST_DEVICES = frozenset(
     if torch.amp.is_autocast_available(device)
 )
 CACHED_BYTES = 3 << 20  # of a block in working precision, for each thread of a CPU
+ALIGNED = 16  # columns of a slice: what keeps its rows at 16-byte boundaries
 GPU_BLOCK_BYTES = 256 << 20  # of a block elsewhere: its operations outlast their launches
 
 
@@ -36,9 +38,47 @@ def without_autocast(function: Callable) -> Callable:
     return wrapped
 
 
+def aligned(columns: int) -> int:
+    """The numbers from one row to the next, so that each row starts at a 16-byte boundary."""
+    return -(-columns // ALIGNED) * ALIGNED
+
+
 def statistics_dtype(logits: Tensor) -> torch.dtype:
     """float64 for float64 logits, else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any of the tensors is, else float32."""
+    return max((statistics_dtype(t) for t in tensors), key=lambda dtype: dtype.itemsize)
+
+
+class RowStatistics(NamedTuple):
+    """Of each row z = logits / T, of the targets' shape; None where a call does without.
+
+    logp = z[target] - lse, entropy in nats, lse = log sum exp z = row_max / T + log_sum, row_max =
+    the largest logit.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+    row_max: Tensor | None
+    log_sum: Tensor | None
+
+
+class RowGradients(NamedTuple):
+    """Derivatives of a loss by three of the RowStatistics; None = that one has no part in it."""
+
+    dlogp: Tensor | None = None
+    dentropy: Tensor | None = None
+    dlse: Tensor | None = None
+
+    def over(self, unit: Tensor | None) -> RowGradients:
+        """Those of the loss divided by `unit`."""
+        if unit is None:
+            return self
+        return RowGradients(*(None if g is None else g / unit for g in self))
 
 
 def empty_statistics(target: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:

@@ -213,14 +213,14 @@ def test_accumulated_micro_steps_are_the_large_batch(tmp_path, loss_type, cut):
 def test_micro_steps_that_count_for_themselves_would_not_be(tmp_path, loss_type, monkeypatch):
     made = make.experience(**OFF_POLICY)
     _, large = update(tmp_path, made, loss_type=loss_type)
-    loss = grpo._loss
+    loss = grpo.surrogate_loss
 
     def own_count(run, part, num_items):
         token_mean = LOSS_TYPES[loss_type].loss_agg_mode == "token-mean"
         count = part.mask.sum() if token_mean else part.mask.any(1).sum()
         return loss(run, part, 4.0 * float(count))
 
-    monkeypatch.setattr(grpo, "_loss", own_count)
+    monkeypatch.setattr(grpo, "surrogate_loss", own_count)
     _, small = update(tmp_path, made, loss_type=loss_type, **CUTS[1])
     assert (small - large).norm() > 1e-2 * large.norm()
 

@@ -203,7 +203,7 @@ def test_checkpoints_wait_for_the_end_of_a_generation_batch(config):
 
 def test_truncated_completions_can_be_left_out_of_the_loss(config, monkeypatch):
     counted = []
-    update = grpo._update
+    update = grpo.update_policy
 
     def spy(run, step, made, rows):
         lengths = made.attention_mask[:, -made.completion_length :].sum(1)
@@ -211,7 +211,7 @@ def test_truncated_completions_can_be_left_out_of_the_loss(config, monkeypatch):
         counted.append((ends, made.mask.sum(1), lengths))
         return update(run, step, made, rows)
 
-    monkeypatch.setattr(grpo, "_update", spy)
+    monkeypatch.setattr(grpo, "update_policy", spy)
     run(config, mask_truncated_completions=True, max_steps=2)
     for ends, tokens, lengths in counted:
         assert torch.equal(tokens, torch.where(ends, lengths, 0))
@@ -243,16 +243,18 @@ def test_completions_without_any_opinion_are_counted_and_left_alone(config):
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     config = dataclasses.replace(config, save_steps=1)
-    update, loss = grpo._update, grpo._loss
+    update, loss = grpo.update_policy, grpo.surrogate_loss
 
     def explode(run, step, made, rows):
         if step == 3:
             monkeypatch.setattr(
-                grpo, "_loss", lambda *args: (r := loss(*args))._replace(loss=r.loss * torch.nan)
+                grpo,
+                "surrogate_loss",
+                lambda *args: (r := loss(*args))._replace(loss=r.loss * torch.nan),
             )
         return update(run, step, made, rows)
 
-    monkeypatch.setattr(grpo, "_update", explode)
+    monkeypatch.setattr(grpo, "update_policy", explode)
     with pytest.raises(TrainingDiverged, match=r"step 3: loss is nan.*checkpoint-2"):
         run(config)
     assert all(

@@ -1,6 +1,7 @@
 """The direction of dependency, read from the folders and the imports.
 
-    kernels: ground <- formulas <- triton_backend | torch_backend <- rows, scans <- pairs <- head
+    kernels: ground <- formulas <- triton_backend | torch_backend <- implementation <- rows, scans
+             <- pairs <- head
     rlcore:  kernels <- functional, data <- models <- sampling, runs <- `rl` <- trainers/options
              <- trainers/shared <- trainers, integrations <- demo <- bench <- commands <- cli
 
@@ -24,6 +25,7 @@ FLOORS = [
     ("rlcore.kernels",),
     ("rlcore.kernels.formulas",),
     ("rlcore.kernels.triton_backend", "rlcore.kernels.torch_backend"),
+    ("rlcore.kernels.implementation",),
     ("rlcore.kernels.rows", "rlcore.kernels.scans"),
     ("rlcore.kernels.pairs",),
     ("rlcore.kernels.head",),
@@ -125,6 +127,48 @@ def test_kernels_import_torch_triton_and_themselves(name):
     targets = imports(name, MODULES[name])
     outside = {target for target in targets if not target.startswith("rlcore.kernels")}
     assert {target.split(".")[0] for target in outside} <= KERNELS_MAY_IMPORT
+
+
+def private(name: str, source: str) -> list[str]:
+    """Names with one leading underscore that the module takes from another of ours."""
+    nodes = list(running_nodes(ast.parse(source)))
+    found, aliases = set(), set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            if node.level or (node.module or "").partition(".")[0] == "rlcore":
+                found |= {alias.name for alias in node.names if hidden(alias.name)}
+            aliases |= {alias.asname or alias.name for alias in node.names}
+    ours = {module.rpartition(".")[2] for module in imports(name, source) if module in MODULES}
+    ours |= {
+        alias.asname
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if alias.asname and alias.name.rpartition(".")[2] in ours
+    }
+    attributes = (n for n in nodes if isinstance(n, ast.Attribute) and hidden(n.attr))
+    return sorted(
+        found
+        | {
+            n.attr
+            for n in attributes
+            if isinstance(n.value, ast.Name) and n.value.id in ours & aliases
+        }
+    )
+
+
+def hidden(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_private_name_crosses_a_file(name):
+    assert private(name, MODULES[name]) == []
+
+
+def test_the_search_finds_private_names():
+    source = "from . import token_losses as t\nfrom .kl import _k\nt._ppo\nself._own\nt.__name__"
+    assert private("rlcore.kernels.formulas.surrogates", source) == ["_k", "_ppo"]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

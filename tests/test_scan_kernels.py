@@ -18,7 +18,7 @@ from helpers.scans import (
 import rlcore as rl
 from rlcore.bench.static.compile_gate import TARGETS, compiled
 from rlcore.bench.static.traffic import count_memory
-from rlcore.kernels.scans import ops as scan_ops
+from rlcore.kernels.triton_backend import scan_launch
 
 counted_by_interpreter = pytest.mark.skipif(DEVICE != "cpu", reason="counted by the interpreter")
 MUTANTS = [
@@ -69,10 +69,10 @@ def test_a_wrong_scan_is_refused(operation, backend, mutant, tmp_path):
 @pytest.fixture(params=["looks back", "sweeps"])
 def small_tiles(request, monkeypatch) -> str:
     """Tiles of 64 tokens, so that short rows have many."""
-    monkeypatch.setattr(scan_ops, "SHORT_TILE", 64)
-    monkeypatch.setattr(scan_ops, "LONG_TILE", 64)
+    monkeypatch.setattr(scan_launch, "SHORT_TILE", 64)
+    monkeypatch.setattr(scan_launch, "LONG_TILE", 64)
     if request.param == "sweeps":
-        monkeypatch.setattr(scan_ops, "MOST_TILES", 1)
+        monkeypatch.setattr(scan_launch, "MOST_TILES", 1)
     return request.param
 
 
@@ -128,7 +128,7 @@ def test_gae_reads_every_input_once_and_writes_every_output_once(shape):
 
 @counted_by_interpreter
 def test_the_summaries_of_tiles_are_a_hundredth_of_the_traffic_at_most():
-    rows = random_rows(1, 3 * scan_ops.LONG_TILE)
+    rows = random_rows(1, 3 * scan_launch.LONG_TILE)
     with count_memory() as traffic:
         rl.gae(rows.reward, rows.value, backend="triton", **rows.options())
     floor = rows.reward.numel() * (4 + 4 + 1 + 1 + 4 + 4)

@@ -41,7 +41,7 @@ def dppo_tv(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _dppo_tv(logp, old_logp, advantage, parameters):
+def dppo_tv_(logp, old_logp, advantage, parameters):
     epsilon, epsilon_high = parameters
     x = log_ratio_(logp, old_logp)
     lacks = -expm1_(-tl.abs(x)) * _sign(x)
@@ -69,9 +69,9 @@ def prime_rl(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _prime_rl(logp, old_logp, advantage, parameters):
+def prime_rl_(logp, old_logp, advantage, parameters):
     x = log_ratio_(logp, old_logp)
-    free, _, _ = _dppo_tv(logp, old_logp, advantage, (parameters[0], parameters[1]))
+    free, _, _ = dppo_tv_(logp, old_logp, advantage, (parameters[0], parameters[1]))
     free = held_(free)
     pull = x * parameters[2]
     return free + held_(pull * x), free + held_(2 * pull), logp < logp
@@ -90,7 +90,7 @@ def dro(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _dro(logp, old_logp, advantage, parameters):
+def dro_(logp, old_logp, advantage, parameters):
     x = log_ratio_(logp, old_logp)
     pull = x * parameters[0]
     loss = held_(times_(-advantage, logp)) + held_(0.5 * pull * x)
@@ -118,7 +118,7 @@ def dppo_kl(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _dppo_kl(logp, old_logp, advantage, parameters):
+def dppo_kl_(logp, old_logp, advantage, parameters):
     epsilon, epsilon_high = parameters
     x = log_ratio_(logp, old_logp)
     rest = _rest(logp)
@@ -150,7 +150,7 @@ def kl_cov(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _kl_cov(logp, old_logp, advantage, parameters):
+def kl_cov_(logp, old_logp, advantage, parameters):
     x = log_ratio_(logp, old_logp)
     free = times_exp_(-advantage, x)
     return free + parameters[0] * tl.abs(x), free + parameters[0] * _sign(x), logp < logp

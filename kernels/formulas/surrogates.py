@@ -59,19 +59,19 @@ TOKEN, SEQUENCE = LEVELS[:1], LEVELS[1:]
 
 SURROGATES: dict[str, Surrogate] = {
     "reinforce": Surrogate(
-        formulas.reinforce, formulas._reinforce, has_ratio=False, levels=TOKEN
+        formulas.reinforce, formulas.reinforce_, has_ratio=False, levels=TOKEN
     ),
-    "ppo_clip": Surrogate(formulas.ppo_clip, formulas._ppo_clip, (*CLIP, "delta")),
+    "ppo_clip": Surrogate(formulas.ppo_clip, formulas.ppo_clip_, (*CLIP, "delta")),
     "ppo_penalty": Surrogate(
-        formulas.ppo_penalty, formulas._ppo_penalty, ("kl_coef",), {"kl_coef": 1.0},
+        formulas.ppo_penalty, formulas.ppo_penalty_, ("kl_coef",), {"kl_coef": 1.0},
         needs_advantage=False, levels=TOKEN,
     ),
-    "cispo": Surrogate(formulas.cispo, formulas._cispo, CLIP),
+    "cispo": Surrogate(formulas.cispo, formulas.cispo_, CLIP),
     "cispo_abs": Surrogate(
-        formulas.cispo_abs, formulas._cispo_abs, CLIP[1:], explicit=("epsilon_high",)
+        formulas.cispo_abs, formulas.cispo_abs_, CLIP[1:], explicit=("epsilon_high",)
     ),
     "sapo": Surrogate(
-        formulas.sapo, formulas._sapo, ("tau_pos", "tau_neg"), {"tau_pos": 1.0, "tau_neg": 1.05},
+        formulas.sapo, formulas.sapo_, ("tau_pos", "tau_neg"), {"tau_pos": 1.0, "tau_neg": 1.05},
         positive=("tau_pos", "tau_neg"),
     ),
     "gmpo": Surrogate(
@@ -82,18 +82,18 @@ SURROGATES: dict[str, Surrogate] = {
         {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
         positive=("k_pos", "lambda_pos", "k_neg", "lambda_neg"), levels=SEQUENCE, product=True,
     ),
-    "dppo_tv": Surrogate(divergences.dppo_tv, divergences._dppo_tv, CLIP, levels=TOKEN),
-    "dppo_kl": Surrogate(divergences.dppo_kl, divergences._dppo_kl, CLIP, levels=TOKEN),
+    "dppo_tv": Surrogate(divergences.dppo_tv, divergences.dppo_tv_, CLIP, levels=TOKEN),
+    "dppo_kl": Surrogate(divergences.dppo_kl, divergences.dppo_kl_, CLIP, levels=TOKEN),
     "prime_rl": Surrogate(
-        divergences.prime_rl, divergences._prime_rl, (*CLIP, "kl_tau"), {"kl_tau": 1e-3},
+        divergences.prime_rl, divergences.prime_rl_, (*CLIP, "kl_tau"), {"kl_tau": 1e-3},
         needs_advantage=False, levels=TOKEN,
     ),
     "dro": Surrogate(
-        divergences.dro, divergences._dro, ("tau",), {"tau": 0.05},
+        divergences.dro, divergences.dro_, ("tau",), {"tau": 0.05},
         needs_advantage=False, levels=TOKEN,
     ),
     "kl_cov": Surrogate(
-        divergences.kl_cov, divergences._kl_cov, ("kl_coef",), {"kl_coef": 1.0},
+        divergences.kl_cov, divergences.kl_cov_, ("kl_coef",), {"kl_coef": 1.0},
         needs_advantage=False, levels=TOKEN,
     ),
 }  # fmt: skip
@@ -109,11 +109,6 @@ class PolicyOptions:
     beta: float
     entropy_coef: float
     importance_sampling_level: str = "token"
-
-    def knows_derivative(self, backend: str) -> bool:
-        """Whether a token's dloss/dlogp follows from the token alone, by a formula of `backend`."""
-        has_formula = backend == "torch" or SURROGATES[self.surrogate].triton is not None
-        return has_formula and self.importance_sampling_level == "token"
 
 
 class PolicyTerms(NamedTuple):

@@ -27,7 +27,7 @@ def reinforce(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _reinforce(logp, old_logp, advantage, parameters):
+def reinforce_(logp, old_logp, advantage, parameters):
     return times_(-advantage, logp), -advantage, logp < logp
 
 
@@ -55,7 +55,7 @@ def ppo_clip(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _ppo_clip(logp, old_logp, advantage, parameters):
+def ppo_clip_(logp, old_logp, advantage, parameters):
     epsilon, epsilon_high, delta = parameters
     x = log_ratio_(logp, old_logp)
     ratio = tl.exp(x)
@@ -87,7 +87,7 @@ def ppo_penalty(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _ppo_penalty(logp, old_logp, advantage, parameters):
+def ppo_penalty_(logp, old_logp, advantage, parameters):
     x = log_ratio_(logp, old_logp)
     kl_coef = parameters[0]
     excess = kl_coef - advantage
@@ -108,7 +108,7 @@ def cispo(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _cispo(logp, old_logp, advantage, parameters):
+def cispo_(logp, old_logp, advantage, parameters):
     epsilon, epsilon_high = parameters
     slope = _bounded_(logp, old_logp, -advantage, 1 - epsilon, 1 + epsilon_high)
     return times_(slope, logp), slope, logp < logp
@@ -125,7 +125,7 @@ def cispo_abs(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _cispo_abs(logp, old_logp, advantage, parameters):
+def cispo_abs_(logp, old_logp, advantage, parameters):
     slope = _bounded_(logp, old_logp, -advantage, 0.0, parameters[0])
     return times_(slope, logp), slope, logp < logp
 
@@ -171,7 +171,7 @@ def sapo(logp, old_logp, advantage, parameters):
 
 
 @triton.jit
-def _sapo(logp, old_logp, advantage, parameters):
+def sapo_(logp, old_logp, advantage, parameters):
     tau_pos, tau_neg = parameters
     x = log_ratio_(logp, old_logp)
     tau_pos, tau_neg = tl.full((), tau_pos, x.dtype), tl.full((), tau_neg, x.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..blocks import scale_
+from ..blocks import RowGradients, RowStatistics, scale_
 from .chunks import Run
 from .token_passes import logprob_backward, logprob_pass, policy_pass, scale_unit_gradient
 
@@ -30,11 +30,11 @@ class LinearPolicyLoss(torch.autograd.Function):
             return (None,) * ctx.inputs
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         # autograd rounds them to their inputs' dtypes, which they may be wider than
-        gradients = [None if g is None else _scaled(g, dloss, keep) for g in ctx.saved_tensors]
+        gradients = [None if g is None else scaled(g, dloss, keep) for g in ctx.saved_tensors]
         return *gradients, *(None,) * (ctx.inputs - 3)
 
 
-def _scaled(gradient: Tensor, scale: Tensor, keep: bool) -> Tensor:
+def scaled(gradient: Tensor, scale: Tensor, keep: bool) -> Tensor:
     """gradient * scale, in its own memory unless it must be kept for another backward."""
     if keep:
         gradient = gradient.clone()
@@ -50,8 +50,8 @@ class LinearTokenLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, mask, with_entropy, run: Run):
         statistics, saved = logprob_pass(hidden, weight, bias, target, mask, with_entropy, run)
         logp, entropy, lse, row_max, log_sum = statistics
-        statistics = (logp, entropy, row_max, log_sum)
-        ctx.save_for_backward(hidden, weight, bias, target, mask, *statistics, *saved)
+        softmax = (logp, entropy, row_max, log_sum)
+        ctx.save_for_backward(hidden, weight, bias, target, mask, *softmax, *saved)
         ctx.run = run
         ctx.set_materialize_grads(False)
         return logp, entropy, lse
@@ -59,16 +59,16 @@ class LinearTokenLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogp, dentropy, dlse):
-        hidden, weight, bias, target, mask, *statistics = ctx.saved_tensors
-        statistics, saved = statistics[:4], statistics[4:]
-        given = [dlogp, dlse, dentropy]
+        tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        hidden, weight, bias, target, mask, logp, entropy, row_max, log_sum = tensors
+        given = RowGradients(dlogp, dentropy, dlse)
         if all(g is None for g in given):
             gradients = [None] * 3
         elif ctx.run.plan.strategy == "unit-gradient":
-            head = ctx.run.head
-            gradients = [scale_unit_gradient(weight, target, mask, saved, dlogp, dlse, head)]
-            gradients += [None, None]
+            dhidden = scale_unit_gradient(weight, target, mask, saved, given, ctx.run.head)
+            gradients = [dhidden, None, None]
         else:
+            statistics = RowStatistics(logp, entropy, None, row_max, log_sum)
             kept = saved[0] if saved else None
             gradients = logprob_backward(
                 hidden, weight, bias, target, mask, statistics, kept, given, ctx.run

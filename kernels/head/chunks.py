@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plan import LinearPlan, aligned
+from ..implementation import implementation
+from .plan import LinearPlan
 from .products import Head, Products, gradient_dtype
 from .slices import SlicedGradient, SliceMemory, Softmaxes, slices_of
 
@@ -50,8 +51,7 @@ class Chunk:
 
     def __init__(self, products: Products, run: Run, gradient: bool = True):
         plan, self.vocabulary, self.first = run.plan, run.plan.vocabulary, 0
-        # Triton's 16-byte stores want every row of both to start at a 16-byte boundary
-        width = aligned(self.vocabulary) if run.backend == "triton" else self.vocabulary
+        width = implementation(run.backend).row_width(self.vocabulary)
         like = {"dtype": products.accumulator, "device": products.weight.device}
         self.all_z = self.all_dz = torch.empty((plan.chunk_tokens, width), **like)
         if gradient and (products.low_precision or run.head.softcap is not None):

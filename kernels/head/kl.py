@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..blocks import statistics_dtype
+from ..blocks import accumulator_dtype, statistics_dtype
 from ..checks import checks_types
-from ..triton_backend.categorical_kl import accumulator_dtype
+from ..implementation import implementation
 from .kl_passes import kl_backward, kl_pass, scale_unit_gradients
 from .two_heads import HeadPair, op_runs, prepare_pair, runs_of
 
@@ -79,7 +79,7 @@ def linear_categorical_kl_op(
 @linear_categorical_kl_op.register_fake
 def _(p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask, *options):
     dtype = accumulator_dtype(p_hidden, q_hidden)
-    by_rows = options[-1] == "triton" and options[-3] is None
+    by_rows = implementation(options[-1]).KEEPS_SOFTMAX and options[-3] is None
     shapes = [mask.shape] + [mask.shape if by_rows else (0,)] * 4
     return tuple(torch.empty(shape, dtype=dtype, device=mask.device) for shape in shapes)
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import select_rows, statistics_dtype, without_autocast
+from ..blocks import accumulator_dtype, select_rows, statistics_dtype, without_autocast
+from ..implementation import implementation
 from ..rows.categorical_divergence import rows_backward, rows_forward
-from ..triton_backend.categorical_kl import accumulator_dtype
 from .chunks import Chunk, Gathered, Gradients3, Run, at_rows, store_rows, unit_of
 from .plan import LinearPlan, beside_low_precision, chunks_of
 from .products import Products, gradient_dtype
@@ -168,7 +168,8 @@ def kl_pass(
         runs = tuple(Run(run.head, plan, FROZEN, backend) for run in runs)
     sides = _two_sides((p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias), runs)
     dtype = accumulator_dtype(p_hidden, q_hidden)
-    present = (True, *(backend == "triton" and jsd_beta is None,) * 4)
+    keeps = jsd_beta is None and implementation(backend).KEEPS_SOFTMAX
+    present = (True, *(keeps,) * 4)
     statistics = [mask.new_zeros(mask.shape, dtype=dtype) if p else None for p in present]
     for rows in select_rows(mask, len(mask), plan.chunk_tokens):
         logits = [side.logits(rows) for side in sides]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..blocks import statistics_dtype
+from ..blocks import RowGradients, RowStatistics, statistics_dtype
 from ..checks import check_targets_in_range
 from ..formulas.surrogates import PolicyOptions
 from .chunks import Run
@@ -128,7 +128,7 @@ def linear_token_logprob_op(
 
 @linear_token_logprob_op.register_fake
 def _(hidden, weight, bias, target, mask, with_entropy, *options):
-    present = (True, with_entropy, True, True, True)
+    present = RowStatistics(True, with_entropy, True, True, True)
     like = {"dtype": statistics_dtype(hidden), "device": target.device}
     return tuple(torch.empty(target.shape if p else (0,), **like) for p in present)
 
@@ -156,10 +156,12 @@ def linear_token_logprob_backward_op(
     The statistics are (logp, entropy, row_max, log_sum).
     """
     run = _run(hidden, weight, temperature, softcap, logit_scale, chunk_bytes, needs, backend, True)
-    statistics = [s if s.numel() == target.numel() else None for s in statistics]
-    gradients = logprob_backward(
-        hidden, weight, bias, target, mask, statistics, None, [dlogp, dlse, dentropy], run
+    logp, entropy, row_max, log_sum = (
+        s if s.numel() == target.numel() else None for s in statistics
     )
+    statistics = RowStatistics(logp, entropy, None, row_max, log_sum)
+    given = RowGradients(dlogp, dentropy, dlse)
+    gradients = logprob_backward(hidden, weight, bias, target, mask, statistics, None, given, run)
     return _present(gradients, weight)
 
 

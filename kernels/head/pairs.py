@@ -19,19 +19,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import resolve_backend
-from ..blocks import statistics_dtype, without_autocast
+from ..blocks import RowGradients, statistics_dtype, without_autocast
 from ..checks import check_rows, check_targets_in_range, checks_types
+from ..implementation import implementation
 from ..pairs.answers import Answers, beyond_shorter, summed, wpo_weight
 from ..pairs.preference_loss import PreferenceLoss, PreferenceOptions, preference_options
-from ..rows import token_logprob as rows_logprob
 from ..rows.token_logprob import TokenLogprob
-from .autograd import _scaled
+from .autograd import scaled
 from .chunks import Chunk, Gathered, Gradients3, Run, unit_of
 from .inputs import prepare_head
 from .plan import LinearPlan, make_plan
 from .products import Products, gradient_dtype
 from .token_passes import kept_gradients, softmaxes_of
-from .tokens import _is_plain, _needs, prepared_token_logprob
+from .tokens import is_plain, needs_of, prepared_token_logprob
 
 
 @checks_types
@@ -132,9 +132,9 @@ def _preference(prepared, answers: Answers, options, asked) -> PreferenceLoss:
     """One pass over pairs where that can be, else the composed way."""
     *tensors, head = prepared
     target, backend = asked["target"], asked["backend"]
-    needs, plan = _needs(*tensors), None
+    needs, plan = needs_of(*tensors), None
     # first, as a traced call has no numbers for a plan to read
-    if _is_plain(*tensors, target, answers.mask) and not options.couples_pairs:
+    if is_plain(*tensors, target, answers.mask) and not options.couples_pairs:
         plan = plan_pairs(
             *tensors[:2], answers.mask.sum(1), needs, chunk_bytes=asked["chunk_bytes"],
             separate_gradient=head.softcap is not None,
@@ -200,7 +200,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         if dloss is None:
             return (None,) * 7
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = [None if g is None else _scaled(g, dloss, keep) for g in ctx.saved_tensors]
+        gradients = [None if g is None else scaled(g, dloss, keep) for g in ctx.saved_tensors]
         return *gradients, None, None, None, None
 
 
@@ -231,24 +231,24 @@ def preference_pass(
         hidden_rows = hidden[rows]
         z, dz = chunk.z[: len(rows)], chunk.dz[: len(rows)]
         run.head.cap_(products.logits(hidden_rows, z))
-        parts = rows_logprob._forward(
-            z, target[rows], None, run.head.row_temperature, False, run.backend
+        statistics = implementation(run.backend).token_logprob_forward(
+            z, target[rows], None, run.head.row_temperature, False
         )
         weights = None if answers.token_weight is None else answers.token_weight[owners]
         weights = None if weights is None else weights[local[:, 0], local[:, 1]].to(loss.dtype)
         group_loss, rewards, sums, dlogp = _group_loss(
-            parts[0], local[:, 0], answers.mask[owners].sum(1), weights, answers, options, pairs
-        )
+            statistics.logp, local[:, 0], answers.mask[owners].sum(1), weights, answers, options,
+            pairs,
+        )  # fmt: skip
         loss += group_loss
         per_pair[:, pairs] = torch.stack([*rewards, *sums.chunk(2)])
         unit = unit_of(run.head, dlogp) if low else None
-        _, entropy, _, row_max, log_sum = parts
-        rows_logprob._backward(
-            run.backend, z, dz, target[rows], None, entropy, row_max, log_sum,
-            dlogp if unit is None else dlogp / unit, None, None, run.head.row_temperature,
-        )  # fmt: skip
+        gradients = RowGradients(dlogp)
+        implementation(run.backend).token_logprob_backward(
+            z, dz, target[rows], None, statistics, gradients.over(unit), run.head.row_temperature
+        )
         if kept is not None:
-            made = (hidden_rows, z, target[rows], run, None, dlogp, None)
+            made = (hidden_rows, z, target[rows], run, None, gradients)
             kept.expect(len(rows), partial(softmaxes_of, *made))
         gathered.add(run.head.uncap_(dz, z), hidden_rows, rows, dlogp != 0, unit)
     return [loss, *per_pair], gathered.finish(gradient_dtype(weight.dtype))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..blocks import statistics_dtype
+from ..blocks import ALIGNED, aligned, statistics_dtype
 from .products import SLICE_BYTES, gradient_dtype
 
 # Bytes of logits and their gradients at hand, and how many of them a chunk takes at most: on a
@@ -15,7 +15,6 @@ DEFAULT_CHUNK_BYTES = {"cpu": 256 << 20}
 DEFAULT_CHUNK_BYTES_ELSEWHERE = 2 << 30
 MOST_CHUNK_BYTES = {"cpu": 56 << 20}
 CHUNK_STEP = 128  # a large chunk's tokens are a multiple of it, as tiles of a product are
-ALIGNED = 16  # columns of a slice: what keeps its rows at 16-byte boundaries
 # Bytes of a float32 slice of dweight before it is rounded: on a GPU few slices, as every one costs
 # the host's launches of its products.
 PART_BYTES = {"cpu": 32 << 20}
@@ -235,11 +234,6 @@ def chunks_of(
     most = max(min(_rounded(fitting, 1), tokens), 1)
     chunks = max(-(-tokens // most), 1)
     return max(-(-tokens // chunks), 1), max(budget // token_bytes, 1), budget
-
-
-def aligned(columns: int) -> int:
-    """The numbers from one row to the next, so that each row starts at a 16-byte boundary."""
-    return -(-columns // ALIGNED) * ALIGNED
 
 
 def _rounded(count: int, least: int) -> int:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..torch_backend.rows import token_logprob_backward_slice
-from ..triton_backend import token_logprob as kernels
-from .plan import aligned
+from ..blocks import RowGradients, RowStatistics, aligned
+from ..implementation import implementation
 from .products import Head, Products
 
 
@@ -39,6 +38,14 @@ class Softmaxes:
     dlogp: Tensor | None
     dlse: Tensor | None
     dentropy: Tensor | None
+
+    @staticmethod
+    def of(
+        hidden: Tensor, target: Tensor, statistics: RowStatistics, gradients: RowGradients
+    ) -> Softmaxes:
+        parts = statistics._asdict() | gradients._asdict()
+        del parts["lse"]
+        return Softmaxes(hidden, target, **parts)
 
     def __len__(self) -> int:
         return len(self.target)
@@ -85,17 +92,10 @@ class SlicedGradient:
     def ds(self, columns: slice, z: Tensor, dz: Tensor) -> Tensor:
         """The gradient of hidden W^T + bias at `columns`, in dz, which may be z; uses up z."""
         tokens, temperature = self.tokens, self.head.row_temperature
-        if self.backend == "triton":
-            # dlse alone, at any target: the targets' own columns are written below
-            kernels.backward(
-                z, dz, torch.zeros_like(tokens.target), None, tokens.entropy, tokens.row_max,
-                tokens.log_sum, None, self.at_softmax, tokens.dentropy, temperature,
-            )  # fmt: skip
-        else:
-            token_logprob_backward_slice(
-                z, dz, tokens.row_max, tokens.log_sum, tokens.entropy, self.at_softmax,
-                tokens.dentropy, temperature,
-            )  # fmt: skip
+        implementation(self.backend).token_logprob_backward_slice(
+            z, dz, tokens.row_max, tokens.log_sum, tokens.entropy, self.at_softmax,
+            tokens.dentropy, temperature,
+        )  # fmt: skip
         self._write_labels(columns, dz)
         return self.head.uncap_(dz, z)
 

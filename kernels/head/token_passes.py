@@ -11,10 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..blocks import select_rows, statistics_dtype, without_autocast
+from ..blocks import (
+    RowGradients,
+    RowStatistics,
+    select_rows,
+    statistics_dtype,
+    without_autocast,
+)
 from ..formulas.surrogates import SURROGATES, PolicyOptions, policy_terms
-from ..rows import policy_loss as rows_policy
-from ..rows import token_logprob as rows_logprob
+from ..implementation import implementation
 from .chunks import (
     Chunk,
     Gathered,
@@ -76,30 +81,26 @@ def _policy_rows(
     z, dz, target, given, token_weight, options, run: Run
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
     """(loss, logp, entropy, kl, clipped) of a chunk; the unit that its gradient, in dz, is over."""
-    temperature = run.head.row_temperature
+    temperature, rows = run.head.row_temperature, implementation(run.backend)
     if dz.dtype != torch.float16:
-        parts = rows_policy._forward_backward(
-            run.backend, z, dz, target, *given, token_weight, options, temperature
+        parts = rows.policy_loss_forward_backward(
+            z, dz, target, *given, token_weight, options, temperature
         )
         return parts, None
     # a unit follows from the derivatives, which follow from logp: not in one launch
-    logp, entropy, _, row_max, log_sum = rows_logprob._forward(
-        z, target, None, temperature, True, run.backend, True
-    )
-    terms = policy_terms(logp, entropy, *given, options)
-    dlogp, dentropy = _derivatives(terms, token_weight, options)
-    unit = unit_of(run.head, dlogp, dentropy)
-    rows_logprob._backward(
-        run.backend, z, dz, target, None, entropy, row_max, log_sum, dlogp / unit, None,
-        None if dentropy is None else dentropy / unit, temperature,
-    )  # fmt: skip
-    return (terms.loss * token_weight, logp, entropy, terms.kl, terms.clipped), unit
+    statistics = rows.token_logprob_forward(z, target, None, temperature, True)
+    terms = policy_terms(statistics.logp, statistics.entropy, *given, options)
+    gradients = _derivatives(terms, token_weight, options)
+    unit = unit_of(run.head, gradients.dlogp, gradients.dentropy)
+    rows.token_logprob_backward(z, dz, target, None, statistics, gradients.over(unit), temperature)
+    loss = terms.loss * token_weight
+    return (loss, statistics.logp, statistics.entropy, terms.kl, terms.clipped), unit
 
 
-def _derivatives(terms, token_weight, options) -> tuple[Tensor, Tensor | None]:
+def _derivatives(terms, token_weight, options) -> RowGradients:
     """dloss/dlogp and, where there is an entropy bonus, dloss/dentropy."""
     dentropy = -options.entropy_coef * token_weight if options.entropy_coef else None
-    return terms.dlogp * token_weight, dentropy
+    return RowGradients(terms.dlogp * token_weight, dentropy)
 
 
 def kept_gradients(hidden, products, run: Run, chunk: Chunk, coming: int) -> KeptGradients | None:
@@ -109,21 +110,21 @@ def kept_gradients(hidden, products, run: Run, chunk: Chunk, coming: int) -> Kep
     return KeptGradients(hidden, products, run, chunk, coming)
 
 
-def softmaxes_of(hidden, z, target, run: Run, entropy, dlogp, dentropy) -> Softmaxes:
+def softmaxes_of(
+    hidden, z, target, run: Run, entropy: Tensor | None, gradients: RowGradients
+) -> Softmaxes:
     """What makes the gradient of a chunk's logits z again."""
-    logp, _, _, row_max, log_sum = rows_logprob._forward(
-        z, target, None, run.head.row_temperature, False, run.backend, True
+    statistics = implementation(run.backend).token_logprob_forward(
+        z, target, None, run.head.row_temperature, False, True
     )
-    return Softmaxes(hidden, target, logp, row_max, log_sum, entropy, dlogp, None, dentropy)
+    return Softmaxes.of(hidden, target, statistics._replace(entropy=entropy), gradients)
 
 
 def _policy_softmaxes(parts, hidden, z, target, given, token_weight, options, run) -> Softmaxes:
     _, logp, entropy, _, _ = parts
-    dlogp, dentropy = _derivatives(
-        policy_terms(logp, entropy, *given, options), token_weight, options
-    )
-    entropy = None if dentropy is None else entropy
-    return softmaxes_of(hidden, z, target, run, entropy, dlogp, dentropy)
+    gradients = _derivatives(policy_terms(logp, entropy, *given, options), token_weight, options)
+    entropy = None if gradients.dentropy is None else entropy
+    return softmaxes_of(hidden, z, target, run, entropy, gradients)
 
 
 def _may_leave_tokens_out(per_token: list[Tensor | None], options: PolicyOptions) -> bool:
@@ -160,13 +161,13 @@ def logprob_pass(
     mask: Tensor,
     with_entropy: bool,
     run: Run,
-) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
-    """[logp, entropy, lse, row_max, log_sum], each (N,) or None, and what the plan keeps."""
+) -> tuple[RowStatistics, tuple[Tensor, ...]]:
+    """The statistics, each (N,) or None, and what the plan keeps."""
     products = Products(weight, bias)
     chunk = Chunk(products, run, run.plan.strategy == "unit-gradient")
     like = {"dtype": statistics_dtype(hidden), "device": target.device}
-    present = (True, with_entropy, True, True, True)
-    statistics = [torch.zeros(target.shape, **like) if p else None for p in present]
+    present = RowStatistics(True, with_entropy, True, True, True)
+    statistics = RowStatistics(*(torch.zeros(target.shape, **like) if p else None for p in present))
     saved = ()
     if run.plan.strategy == "kept-logits":
         saved = (chunk.z,)  # one chunk holds every counted token
@@ -176,8 +177,8 @@ def logprob_pass(
         hidden_rows = hidden[rows]
         z = chunk.z[: len(hidden_rows)]
         run.head.cap_(products.logits(hidden_rows, z))
-        parts = rows_logprob._forward(
-            z, target[rows], None, run.head.row_temperature, with_entropy, run.backend,
+        parts = implementation(run.backend).token_logprob_forward(
+            z, target[rows], None, run.head.row_temperature, with_entropy,
             run.plan.strategy in ("kept-logits", "recompute"),
         )  # fmt: skip
         store_rows(statistics, rows, parts)
@@ -187,7 +188,9 @@ def logprob_pass(
     return statistics, saved
 
 
-def _keep_unit_gradient(saved, rows, z, dz, target, parts, products, run: Run) -> None:
+def _keep_unit_gradient(
+    saved, rows, z, dz, target, statistics: RowStatistics, products, run: Run
+) -> None:
     """Stores -dlogp/dhidden = (p - 1[target]) W / T of a chunk, and the softcap's slope at targets.
 
     1 - p is rounded, not p: of a sure token, p in low precision would leave nothing.
@@ -197,15 +200,11 @@ def _keep_unit_gradient(saved, rows, z, dz, target, parts, products, run: Run) -
         inside = target.long().clamp(0, z.shape[-1] - 1)
         chosen = z.gather(-1, inside[:, None]).squeeze(-1)
         slope[rows] = 1 - (chosen / run.head.softcap).square()
-    logp, entropy, _, row_max, log_sum = parts
-    dlogp, unit = -torch.ones_like(logp), None
-    if dz.dtype == torch.float16:
-        unit = unit_of(run.head, dlogp)
-        dlogp = dlogp / unit
-    rows_logprob._backward(
-        run.backend, z, dz, target, None, entropy, row_max, log_sum,
-        dlogp, None, None, run.head.row_temperature,
-    )  # fmt: skip
+    dlogp = -torch.ones_like(statistics.logp)
+    unit = unit_of(run.head, dlogp) if dz.dtype == torch.float16 else None
+    implementation(run.backend).token_logprob_backward(
+        z, dz, target, None, statistics, RowGradients(dlogp).over(unit), run.head.row_temperature
+    )
     dhidden = products.dhidden(run.head.uncap_(dz, z))
     unit_gradient[rows] = (dhidden if unit is None else dhidden * unit).to(unit_gradient.dtype)
 
@@ -215,13 +214,13 @@ def scale_unit_gradient(
     target: Tensor,
     mask: Tensor,
     saved: tuple[Tensor, Tensor],
-    dlogp: Tensor | None,
-    dlse: Tensor | None,
+    gradients: RowGradients,
     head: Head,
 ) -> Tensor:
     """dhidden = (dlse - dlogp) u + dlse W[target] slope scale / T, with u = -dlogp/dhidden."""
     unit_gradient, slope = saved
     zero = torch.zeros_like(slope)
+    dlogp, _, dlse = gradients
     dlogp, at_target = (zero if g is None else torch.where(mask, g, 0.0) for g in (dlogp, dlse))
     dhidden = (at_target - dlogp)[:, None] * unit_gradient
     if dlse is not None:
@@ -239,29 +238,26 @@ def logprob_backward(
     bias: Tensor | None,
     target: Tensor,
     mask: Tensor,
-    statistics: list[Tensor | None],
+    statistics: RowStatistics,
     kept: Tensor | None,
-    given: list[Tensor | None],
+    gradients: RowGradients,
     run: Run,
 ) -> Gradients3:
-    """The gradients, from those given of (logp, lse, entropy), a slice of the vocabulary at a time.
+    """The inputs' gradients, from the statistics', a slice of the vocabulary at a time.
 
-    statistics is [logp, entropy, row_max, log_sum]. `kept` holds the logits of the rows that the
-    mask counts, in their order, or is None: then the logits are made again.
+    `kept` holds the logits of the rows that the mask counts, in their order, or is None: then the
+    logits are made again.
     """
     unit = None
     if hidden.dtype == torch.float16:
-        masked = (None if g is None else torch.where(mask, g, 0.0) for g in given)
+        masked = (None if g is None else torch.where(mask, g, 0.0) for g in gradients)
         unit = unit_of(run.head, *masked)
-        given = [None if g is None else g / unit for g in given]
-    flows = mask & torch.stack([g != 0 for g in given if g is not None]).any(0)
+        gradients = gradients.over(unit)
+    flows = mask & torch.stack([g != 0 for g in gradients if g is not None]).any(0)
     rows = next(select_rows(flows, len(target), max(len(target), 1)), slice(0, 0))
-    logp, entropy, row_max, log_sum = statistics
-    dlogp, dlse, dentropy = given
-    whole = Softmaxes(
-        hidden, target, logp, row_max, log_sum, None if dentropy is None else entropy, dlogp, dlse,
-        dentropy,
-    )  # fmt: skip
+    if gradients.dentropy is None:
+        statistics = statistics._replace(entropy=None)
+    whole = Softmaxes.of(hidden, target, statistics, gradients)
     sliced = SlicedGradient(whole.at(rows), Products(weight, bias), run.head, run.backend)
     place = None if kept is None else (mask.cumsum(0) - 1)[rows]
     dhidden, dweight, dbias = sliced_gradients(

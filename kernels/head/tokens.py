@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backend import refuse_transforms, resolve_backend
 from ..checks import check_name, check_rows, check_targets_in_range, checks_types
-from ..rows.policy_inputs import prepare_policy
+from ..rows.policy_inputs import knows_derivative, prepare_policy
 from ..rows.policy_loss import PolicyLoss, composed_policy_loss
 from ..rows.token_logprob import TokenLogprob
 from .autograd import LinearPolicyLoss, LinearTokenLogprob
@@ -101,9 +101,9 @@ def prepared_token_logprob(
     shape = target.shape
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=target.device)
-    needs = _needs(hidden, weight, bias)
+    needs = needs_of(hidden, weight, bias)
     given = (hidden, weight, bias, target.reshape(-1), mask.reshape(-1), entropy)
-    if not _is_plain(hidden, weight, bias, target, mask):
+    if not is_plain(hidden, weight, bias, target, mask):
         logp, entropies, lse, _, _ = linear_token_logprob_op(
             *given, head.temperature, head.softcap, head.logit_scale, chunk_bytes, list(needs),
             backend,
@@ -186,8 +186,8 @@ def linear_policy_loss(
         num_items=num_items, norm_length=norm_length, cu_seqlens=cu_seqlens,
         surrogate_params=surrogate_params, name="hidden",
     )  # fmt: skip
-    needs = _needs(flat, weight, bias)
-    if not any(needs) or not options.knows_derivative(backend):
+    needs = needs_of(flat, weight, bias)
+    if not any(needs) or not knows_derivative(options, backend):
         statistics = prepared_token_logprob(
             flat, weight, bias, head, target, mask, entropy=True,
             entropy_gradient=options.entropy_coef != 0, chunk_bytes=chunk_bytes, backend=backend,
@@ -195,7 +195,7 @@ def linear_policy_loss(
         return composed_policy_loss(statistics, mask, token_weight, per_token, options, cu_seqlens)
     check_targets_in_range(target, mask, weight.shape[0], backend)
     per_token = [None if t is None else t.view(-1) for t in per_token]
-    if not _is_plain(flat, weight, bias, target, token_weight, *per_token):
+    if not is_plain(flat, weight, bias, target, token_weight, *per_token):
         loss, *rest = linear_policy_loss_op(
             flat, weight, bias, target.reshape(-1), *per_token, token_weight.view(-1), surrogate,
             list(options.parameters), kl_estimator, options.beta, options.entropy_coef,
@@ -215,7 +215,7 @@ def linear_policy_loss(
     return PolicyLoss(loss, *(None if t is None else t.view(target.shape) for t in rest))
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Plain eager tensors, served chunk by chunk in sight of FLOP counters and memory trackers.
 
     Others (torch.compile, fake tensors) are served by the registered operators.
@@ -226,7 +226,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def _needs(*inputs: Tensor | None) -> tuple[bool, ...]:
+def needs_of(*inputs: Tensor | None) -> tuple[bool, ...]:
     """Which inputs need a gradient."""
     grad = torch.is_grad_enabled()
     return tuple(grad and t is not None and t.requires_grad for t in inputs)
@@ -255,7 +255,7 @@ def plan_linear(
     check_name("loss", loss, ("policy", "logprob"))
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden must have shape (N, H) or (B, T, H), got {tuple(hidden.shape)}")
-    needs = _needs(hidden, weight, bias)
+    needs = needs_of(hidden, weight, bias)
     hidden, weight, *_ = prepare_head(
         hidden, weight, bias, temperature=1.0, softcap=softcap, logit_scale=1.0
     )

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import resolve_backend, takes_short_way
+from ..blocks import accumulator_dtype
 from ..checks import check_finite, check_name, check_numbers, check_positive, checks_types
+from ..implementation import implementation
 from ..torch_backend.divergences import jsd_backward, jsd_forward
-from ..triton_backend.categorical_kl import accumulator_dtype
-from .categorical_kl import _backward, _forward, categorical_kl, check_mask, check_pair
+from .categorical_kl import categorical_kl, check_mask, check_pair
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -24,7 +25,8 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 def rows_forward(p_logits, q_logits, temperature, backend, jsd_beta: float | None) -> list:
     """[divergence, *row statistics]: KL(p || q), or with a jsd_beta the jsd, which has none."""
     if jsd_beta is None:
-        return _forward(p_logits, q_logits, None, temperature, backend)
+        run = implementation(backend)
+        return run.categorical_kl_forward(p_logits, q_logits, None, temperature)
     dtype = accumulator_dtype(p_logits, q_logits)
     return [jsd_forward(p_logits, q_logits, None, temperature, jsd_beta, dtype), *(None,) * 4]
 
@@ -33,7 +35,9 @@ def rows_backward(backend, p_logits, q_logits, dp, dq, row, d, temperature, jsd_
     """Writes the gradients of what rows_forward gave as `row` into dp and dq, or one of them."""
     if jsd_beta is None:
         kl, *statistics = row
-        _backward(backend, p_logits, q_logits, dp, dq, None, kl, statistics, d, temperature)
+        implementation(backend).categorical_kl_backward(
+            p_logits, q_logits, dp, dq, None, kl, statistics, d, temperature
+        )
     else:
         jsd_backward(p_logits, q_logits, dp, dq, None, d, temperature, jsd_beta)
 

@@ -14,28 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import resolve_backend, takes_short_way
+from ..blocks import accumulator_dtype
 from ..checks import FLOATS, check_finite, check_per_token, check_positive, checks_types
-from ..torch_backend import distributions as reference
-from ..triton_backend.categorical_kl import accumulator_dtype, launch_backward, launch_forward
-from .token_logprob import memory_for
-
-
-def _forward(p_logits, q_logits, mask, temperature, backend):
-    """(KL, max a, log P, max b, log Q); the last four are None from the torch backend."""
-    if backend == "triton":
-        return launch_forward(p_logits, q_logits, mask, temperature)
-    dtype = accumulator_dtype(p_logits, q_logits)
-    kl = reference.categorical_kl_forward(p_logits, q_logits, mask, temperature, dtype)
-    return [kl, None, None, None, None]
-
-
-def _backward(backend, p_logits, q_logits, dp, dq, mask, kl, row_statistics, dkl, temperature):
-    """Writes the gradients into dp and dq, of which either may be None."""
-    given = (p_logits, q_logits, dp, dq, mask, kl)
-    if backend == "triton":
-        launch_backward(*given, row_statistics, dkl, temperature)
-    else:
-        reference.categorical_kl_backward(*given, dkl, temperature)
+from ..implementation import implementation
 
 
 class _CategoricalKL(torch.autograd.Function):
@@ -43,7 +24,9 @@ class _CategoricalKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p_logits, q_logits, mask, temperature, backend):
-        kl, *row_statistics = _forward(p_logits, q_logits, mask, temperature, backend)
+        kl, *row_statistics = implementation(backend).categorical_kl_forward(
+            p_logits, q_logits, mask, temperature
+        )
         ctx.save_for_backward(p_logits, q_logits, mask, kl, *row_statistics)
         ctx.temperature, ctx.backend = temperature, backend
         return kl
@@ -52,12 +35,13 @@ class _CategoricalKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dkl):
         p_logits, q_logits, mask, kl, *row_statistics = ctx.saved_tensors
+        run = implementation(ctx.backend)
         dp, dq = (
-            memory_for(ctx.backend)(logits, False) if needed else None
+            run.gradient_memory(logits, False) if needed else None
             for logits, needed in zip((p_logits, q_logits), ctx.needs_input_grad, strict=False)
         )
-        _backward(
-            ctx.backend, p_logits, q_logits, dp, dq, mask, kl, row_statistics, dkl, ctx.temperature
+        run.categorical_kl_backward(
+            p_logits, q_logits, dp, dq, mask, kl, row_statistics, dkl, ctx.temperature
         )
         return dp, dq, None, None, None
 
@@ -67,13 +51,14 @@ def categorical_kl_op(
     p_logits: Tensor, q_logits: Tensor, mask: Tensor | None, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(KL, max a, log P, max b, log Q); the last four are empty from the torch backend."""
-    parts = _forward(p_logits, q_logits, mask, temperature, backend)
+    parts = implementation(backend).categorical_kl_forward(p_logits, q_logits, mask, temperature)
     return tuple(parts[0].new_empty(0) if part is None else part for part in parts)
 
 
 @categorical_kl_op.register_fake
 def _(p_logits, q_logits, mask, temperature, backend):
-    shapes = [p_logits.shape[:-1]] + [p_logits.shape[:-1] if backend == "triton" else (0,)] * 4
+    keeps = implementation(backend).KEEPS_SOFTMAX
+    shapes = [p_logits.shape[:-1]] + [p_logits.shape[:-1] if keeps else (0,)] * 4
     dtype = accumulator_dtype(p_logits, q_logits)
     return tuple(torch.empty(shape, dtype=dtype, device=p_logits.device) for shape in shapes)
 
@@ -95,8 +80,8 @@ def categorical_kl_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of p_logits and q_logits, contiguous; empty where `needs` is false."""
     dp, dq = _empty_gradients(p_logits, q_logits, needs)
-    _backward(
-        backend, p_logits, q_logits, dp if needs[0] else None, dq if needs[1] else None, mask, kl,
+    implementation(backend).categorical_kl_backward(
+        p_logits, q_logits, dp if needs[0] else None, dq if needs[1] else None, mask, kl,
         (p_max, p_log_sum, q_max, q_log_sum), dkl, temperature,
     )  # fmt: skip
     return dp, dq

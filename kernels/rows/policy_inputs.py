@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..blocks import statistics_dtype
 from ..checks import (
     check_finite,
     check_name,
@@ -19,7 +20,7 @@ from ..checks import (
 from ..formulas.kl import POLICY_KL_ESTIMATORS
 from ..formulas.sequences import token_weight
 from ..formulas.surrogates import LEVELS, SURROGATES, PolicyOptions
-from ..torch_backend.rows import statistics_dtype
+from ..implementation import implementation
 
 # parameters of surrogates that are arguments of every policy loss
 SHARED = ("epsilon", "epsilon_high", "delta")
@@ -93,6 +94,12 @@ def prepare_policy(
         }.items()
     ]  # fmt: skip
     return PolicyInputs(options, mask, weight, per_token)
+
+
+def knows_derivative(options: PolicyOptions, backend: str) -> bool:
+    """Whether a token's dloss/dlogp follows from the token alone, by a formula of the backend."""
+    has_formula = implementation(backend).has_formula(options.surrogate)
+    return has_formula and options.importance_sampling_level == "token"
 
 
 def _check_level(

@@ -15,15 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import resolve_backend, takes_short_way
-from ..blocks import scale_
+from ..blocks import statistics_dtype
 from ..checks import check_inplace, check_targets_in_range, checks_types
 from ..formulas.sequence_ratio import share_sequence_ratio
 from ..formulas.surrogates import PolicyOptions, policy_terms
+from ..implementation import implementation
 from ..limits import known
-from ..torch_backend import rows as reference
-from ..triton_backend import policy_loss as kernels
-from .policy_inputs import prepare_policy
-from .token_logprob import TokenLogprob, memory_for, token_logprob
+from .policy_inputs import knows_derivative, prepare_policy
+from .token_logprob import TokenLogprob, token_logprob
 
 
 class PolicyLoss(NamedTuple):
@@ -36,27 +35,14 @@ class PolicyLoss(NamedTuple):
     clipped: Tensor
 
 
-def _forward_backward(backend, *arguments):
-    if backend == "triton":
-        return kernels.forward_backward(*arguments)
-    return reference.policy_loss_forward_backward(*arguments)
-
-
-def _scale(dlogits: Tensor, scale: Tensor, backend: str) -> None:
-    """dlogits *= scale, in place and without a host sync on a GPU."""
-    if backend == "triton" and dlogits.stride(-1) == 1:
-        kernels.scale_rows(dlogits, scale)
-    elif scale.device.type != "cpu" or scale != 1:
-        scale_(dlogits, scale)
-
-
 class _PolicyLoss(torch.autograd.Function):
     """The short way of eager mode: the forward makes the gradient, the backward hands it out."""
 
     @staticmethod
     def forward(ctx, logits, inplace, backend, target, *arguments):
-        dlogits = memory_for(backend)(logits, inplace)
-        loss, *rest = _forward_backward(backend, logits, dlogits, target, *arguments)
+        run = implementation(backend)
+        dlogits = run.gradient_memory(logits, inplace)
+        loss, *rest = run.policy_loss_forward_backward(logits, dlogits, target, *arguments)
         ctx.save_for_backward(dlogits)
         ctx.backend, ctx.inputs = backend, 4 + len(arguments)
         ctx.mark_non_differentiable(*(t for t in rest if t is not None))
@@ -72,7 +58,7 @@ class _PolicyLoss(torch.autograd.Function):
         # a graph that is kept for another backward keeps this gradient as it is
         if torch._C._autograd._get_current_graph_task_keep_graph():
             dlogits = dlogits.clone()
-        _scale(dlogits, dloss, ctx.backend)
+        implementation(ctx.backend).scale_rows(dlogits, dloss)
         return dlogits, *(None,) * (ctx.inputs - 1)
 
 
@@ -97,10 +83,9 @@ def policy_loss_op(
     check_targets_in_range(target, weight != 0, logits.shape[-1], backend)
     options = PolicyOptions(surrogate, tuple(parameters), kl_estimator, beta, entropy_coef)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    loss, logp, entropy, kl, clipped = _forward_backward(
-        backend, logits, dlogits, target, advantage, old_logp, ref_logp, ratio, weight,
-        options, temperature,
-    )  # fmt: skip
+    loss, logp, entropy, kl, clipped = implementation(backend).policy_loss_forward_backward(
+        logits, dlogits, target, advantage, old_logp, ref_logp, ratio, weight, options, temperature
+    )
     return loss, logp, entropy, loss.new_empty(0) if kl is None else kl, clipped, dlogits
 
 
@@ -109,7 +94,7 @@ def _(logits, target, advantage, old_logp, ref_logp, *_):
     def empty(shape, dtype):
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
-    dtype, shape = reference.statistics_dtype(logits), target.shape
+    dtype, shape = statistics_dtype(logits), target.shape
     kl = empty((0,) if ref_logp is None else shape, dtype)
     loss, logp, entropy = (empty(shape, dtype) for _ in range(3))
     return loss, logp, entropy, kl, empty(shape, torch.bool), empty(logits.shape, logits.dtype)
@@ -251,7 +236,7 @@ def _makes_gradient_in_forward(logits: Tensor, options: PolicyOptions, backend: 
         torch.is_grad_enabled()
         and logits.requires_grad
         and logits.dtype != torch.float16
-        and options.knows_derivative(backend)
+        and knows_derivative(options, backend)
     )
 
 

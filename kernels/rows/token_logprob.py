@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import resolve_backend, takes_short_way
+from ..blocks import RowGradients, RowStatistics, statistics_dtype
 from ..checks import check_inplace, check_rows, check_targets_in_range, checks_types
-from ..torch_backend import rows as reference
-from ..triton_backend import token_logprob as kernels
-from ..triton_backend.launch import gradient_memory
+from ..implementation import implementation
 
 
 class TokenLogprob(NamedTuple):
@@ -29,40 +28,11 @@ class TokenLogprob(NamedTuple):
     lse: Tensor
 
 
-def memory_for(backend: str):
-    """The function (logits, inplace) -> memory for the gradient, as the backend likes it laid."""
-    return gradient_memory if backend == "triton" else reference.gradient_memory
-
-
-def _forward(logits, target, mask, temperature, with_entropy, backend, with_softmax=False):
-    """(logp, entropy, lse, row_max, log_sum); the torch backend makes the last two if asked to."""
+def _forward(logits, target, mask, temperature, with_entropy, backend) -> RowStatistics:
     check_targets_in_range(target, mask, logits.shape[-1], backend)
-    arguments = (logits, target, mask, temperature, with_entropy)
-    if backend == "triton":
-        return kernels.forward(*arguments)
-    return reference.token_logprob_forward(*arguments, with_softmax)
-
-
-def _backward(
-    backend,
-    logits,
-    dlogits,
-    target,
-    mask,
-    entropy,
-    row_max,
-    log_sum,
-    dlogp,
-    dlse,
-    dentropy,
-    temperature,
-):
-    given = (logits, dlogits, target, mask, entropy)
-    if backend == "triton":
-        kernels.backward(*given, row_max, log_sum, dlogp, dlse, dentropy, temperature)
-    else:
-        # starts from the logits again, so it needs neither row_max nor log_sum
-        reference.token_logprob_backward(*given, dlogp, dlse, dentropy, temperature)
+    return implementation(backend).token_logprob_forward(
+        logits, target, mask, temperature, with_entropy
+    )
 
 
 class _TokenLogprob(torch.autograd.Function):
@@ -70,9 +40,8 @@ class _TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, mask, temperature, with_entropy, inplace_backward, backend):
-        logp, entropy, lse, row_max, log_sum = _forward(
-            logits, target, mask, temperature, with_entropy, backend
-        )
+        statistics = _forward(logits, target, mask, temperature, with_entropy, backend)
+        logp, entropy, lse, row_max, log_sum = statistics
         ctx.save_for_backward(logits, target, mask, entropy, row_max, log_sum)
         ctx.temperature, ctx.inplace, ctx.backend = temperature, inplace_backward, backend
         ctx.set_materialize_grads(False)
@@ -82,11 +51,13 @@ class _TokenLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogp, dentropy, dlse):
         logits, target, mask, entropy, row_max, log_sum = ctx.saved_tensors
-        dlogits = memory_for(ctx.backend)(logits, ctx.inplace)
-        _backward(
-            ctx.backend, logits, dlogits, target, mask, entropy, row_max, log_sum,
-            dlogp, dlse, dentropy, ctx.temperature,
-        )  # fmt: skip
+        run = implementation(ctx.backend)
+        dlogits = run.gradient_memory(logits, ctx.inplace)
+        statistics = RowStatistics(None, entropy, None, row_max, log_sum)
+        gradients = RowGradients(dlogp, dentropy, dlse)
+        run.token_logprob_backward(
+            logits, dlogits, target, mask, statistics, gradients, ctx.temperature
+        )
         return dlogits, None, None, None, None, None, None
 
 
@@ -106,8 +77,9 @@ def token_logprob_op(
 
 @token_logprob_op.register_fake
 def _(logits, target, mask, temperature, with_entropy, backend):
-    present = (True, with_entropy, True, backend == "triton", backend == "triton")
-    dtype = reference.statistics_dtype(logits)
+    keeps = implementation(backend).KEEPS_SOFTMAX
+    present = RowStatistics(True, with_entropy, True, keeps, keeps)
+    dtype = statistics_dtype(logits)
     return tuple(
         torch.empty(target.shape if is_present else (0,), dtype=dtype, device=logits.device)
         for is_present in present
@@ -130,10 +102,11 @@ def token_logprob_backward_op(
 ) -> Tensor:
     """The logits' gradient, contiguous."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(
-        backend, logits, dlogits, target, mask, entropy, row_max, log_sum,
-        dlogp, dlse, dentropy, temperature,
-    )  # fmt: skip
+    statistics = RowStatistics(None, entropy, None, row_max, log_sum)
+    gradients = RowGradients(dlogp, dentropy, dlse)
+    implementation(backend).token_logprob_backward(
+        logits, dlogits, target, mask, statistics, gradients, temperature
+    )
     return dlogits
 
 

@@ -10,22 +10,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..blocks import Matrix, rows_per_block, select_rows, without_autocast
+from ..blocks import Matrix, accumulator_dtype, rows_per_block, select_rows, without_autocast
 
 
 @without_autocast
-def categorical_kl_forward(p_logits, q_logits, mask, temperature, dtype) -> Tensor:
-    """KL(p || q), zeros where the mask is false."""
+def categorical_kl_forward(p_logits, q_logits, mask, temperature) -> list[Tensor | None]:
+    """[KL(p || q), zeros where the mask is false, and four statistics that are not kept]."""
+    dtype = accumulator_dtype(p_logits, q_logits)
     kl = torch.zeros(p_logits.shape[:-1], dtype=dtype, device=p_logits.device)
     p_matrix, q_matrix, pair = Matrix(p_logits), Matrix(q_logits), Pair(p_logits, dtype)
     for rows in select_rows(mask, kl.numel(), pair.size):
         p, _, difference = pair.read(p_matrix.read(rows), q_matrix.read(rows), temperature)
         kl.view(-1)[rows] = _expected_difference(p, difference)
-    return kl
+    return [kl, None, None, None, None]
 
 
 @without_autocast
-def categorical_kl_backward(p_logits, q_logits, dp, dq, mask, kl, dkl, temperature) -> None:
+def categorical_kl_backward(
+    p_logits, q_logits, dp, dq, mask, kl, row_statistics, dkl, temperature
+) -> None:
     """Writes the gradients into dp and dq, of which either may be None."""
     kl, dkl = kl.reshape(-1), dkl.reshape(-1)
     flows = dkl != 0 if mask is None else (dkl != 0) & mask.reshape(-1)

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from ..blocks import (
     Matrix,
+    RowGradients,
+    RowStatistics,
     empty_statistics,
     rows_per_block,
+    scale_,
     select_rows,
     statistics_dtype,
     without_autocast,
@@ -25,6 +28,7 @@ from ..formulas.surrogates import policy_terms
 from ..limits import held
 
 SUMMED = 1024  # terms of a sum that one thread takes
+KEEPS_SOFTMAX = False  # a backward starts from the logits again
 FLOOR = -1e30  # stands for -inf where 0 * -inf would make NaN
 
 
@@ -39,12 +43,21 @@ def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:
     return logits.detach()
 
 
-@without_autocast
-def token_logprob_forward(logits, target, mask, temperature, with_entropy, with_softmax=False):
-    """(logp, entropy | None, lse, row_max | None, log_sum | None), zeros where the mask is false.
+def row_width(vocabulary: int) -> int:
+    """Columns in memory of a row: here rows follow each other."""
+    return vocabulary
 
-    With `with_softmax` also each row's largest logit and log sum exp((logit - row_max) / T).
-    """
+
+def has_formula(surrogate: str) -> bool:
+    """Whether a token's derivative has a formula here: every surrogate's has."""
+    return True
+
+
+@without_autocast
+def token_logprob_forward(
+    logits, target, mask, temperature, with_entropy, with_softmax=KEEPS_SOFTMAX
+) -> RowStatistics:
+    """Zeros where the mask is false; row_max and log_sum are made with `with_softmax` alone."""
     results = [t.zero_() for t in empty_statistics(target, statistics_dtype(logits), 5)]
     logp, lse, entropy, maxima, log_sums = (result.view(-1) for result in results)
     matrix, target = Matrix(logits), target.reshape(-1)
@@ -64,15 +77,19 @@ def token_logprob_forward(logits, target, mask, temperature, with_entropy, with_
             lse[rows] = maxima[rows] / temperature + log_sums[rows]
     logp, lse, entropy, *softmax = results
     softmax = softmax if with_softmax else (None, None)
-    return logp, entropy if with_entropy else None, lse, *softmax
+    return RowStatistics(logp, entropy if with_entropy else None, lse, *softmax)
 
 
 @without_autocast
 def token_logprob_backward(
-    logits, dlogits, target, mask, entropy, dlogp, dlse, dentropy, temperature
+    logits, dlogits, target, mask, statistics: RowStatistics, gradients: RowGradients, temperature
 ):
-    """Writes the gradient into dlogits, which may be the logits themselves."""
-    target = target.reshape(-1)
+    """Writes the gradient into dlogits, which may be the logits themselves.
+
+    Of the statistics it needs the entropy, where that has a derivative.
+    """
+    dlogp, dentropy, dlse = gradients
+    entropy, target = statistics.entropy, target.reshape(-1)
     zero = torch.zeros(target.shape, dtype=statistics_dtype(logits), device=target.device)
     at_target = zero if dlogp is None else dlogp.reshape(-1)
     at_softmax = (zero if dlse is None else dlse.reshape(-1)) - at_target
@@ -164,6 +181,12 @@ def policy_loss_forward_backward(
         sink.write(rows, _gradient(p, target[rows], dlogp, -dlogp, entropy_part, temperature))
     loss, logp, entropy, kl = results
     return loss, logp, entropy, None if ref_logp is None else kl, clipped
+
+
+def scale_rows(rows: Tensor, scale: Tensor) -> None:
+    """rows *= scale, a scalar, in place and without a host sync on other devices than a CPU."""
+    if scale.device.type != "cpu" or scale != 1:
+        scale_(rows, scale)
 
 
 class _Blocks:

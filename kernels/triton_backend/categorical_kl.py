@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import tl, triton
-from ..blocks import statistics_dtype
+from ..blocks import accumulator_dtype
 from .launch import number, phase, row_strides, with_unit_stride
 from .sweep import FLOOR, LOG2E, row_offset
 from .tiles import (
@@ -109,7 +109,7 @@ def _kl_statistics(P, Q, shift, end, inv_temperature, DTYPE: tl.constexpr, BLOCK
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED[:6])
-def _categorical_kl_forward_kernel(
+def categorical_kl_forward_kernel(
     P,
     Q,
     Mask,
@@ -191,7 +191,7 @@ def _shifted_row(D, row, rows_per_batch, stride_b, stride_t, shift, SAME_PHASE: 
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _categorical_kl_backward_kernel(
+def categorical_kl_backward_kernel(
     P,
     Q,
     Dp,
@@ -283,20 +283,15 @@ def _launch_values(*tensors: Tensor) -> Launch:
     return choose_launch(tensors[0].shape[-1], itemsize, ONE_SWEEP_TILE)
 
 
-def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any of the tensors is, else float32."""
-    return max((statistics_dtype(t) for t in tensors), key=lambda dtype: dtype.itemsize)
-
-
-def launch_forward(p_logits, q_logits, mask, temperature):
-    """(KL, max a, log P, max b, log Q)."""
+def categorical_kl_forward(p_logits, q_logits, mask, temperature):
+    """[KL(p || q), max a, log P, max b, log Q], zeros where the mask is false."""
     p_logits, q_logits = with_unit_stride(p_logits), with_unit_stride(q_logits)
     dtype = accumulator_dtype(p_logits, q_logits)
     results = [
         torch.empty(p_logits.shape[:-1], dtype=dtype, device=p_logits.device) for _ in range(5)
     ]
     if results[0].numel():
-        _categorical_kl_forward_kernel[(results[0].numel(),)](
+        categorical_kl_forward_kernel[(results[0].numel(),)](
             p_logits, q_logits, mask, *results, p_logits.shape[-1], *row_strides(p_logits),
             *row_strides(q_logits)[1:], number(1.0 / temperature, dtype),
             SAME_PHASE=same_phase(p_logits, q_logits),
@@ -305,11 +300,14 @@ def launch_forward(p_logits, q_logits, mask, temperature):
     return results
 
 
-def launch_backward(p_logits, q_logits, dp, dq, mask, kl, row_statistics, dkl, temperature):
+def categorical_kl_backward(
+    p_logits, q_logits, dp, dq, mask, kl, row_statistics, dkl, temperature
+) -> None:
+    """Writes the gradients into dp and dq, of which either may be None."""
     p_logits, q_logits = with_unit_stride(p_logits), with_unit_stride(q_logits)
     if kl.numel():
         strides = [s for d in (dp, dq) for s in ((0, 0) if d is None else row_strides(d)[1:])]
-        _categorical_kl_backward_kernel[(kl.numel(),)](
+        categorical_kl_backward_kernel[(kl.numel(),)](
             p_logits, q_logits, dp, dq, mask, kl, *row_statistics, dkl.contiguous(),
             p_logits.shape[-1], *row_strides(p_logits), *row_strides(q_logits)[1:], *strides,
             number(1.0 / temperature, row_statistics[0].dtype),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import INTERPRETED, tl, triton
+from ..blocks import aligned
 
 ALIGNMENT = 16  # bytes of the widest load
 WARP = 64 if torch.version.hip else 32
@@ -84,6 +85,11 @@ def phase(rows: Tensor) -> tuple[int, ...]:
     offsets = (rows.data_ptr() % ALIGNMENT, *(s * itemsize % ALIGNMENT for s in strides))
     # rows that all start at a boundary share it whatever their dtype
     return (*offsets, itemsize) if any(offsets) else offsets
+
+
+def row_width(vocabulary: int) -> int:
+    """Columns in memory of a row, so that every row starts at a 16-byte boundary."""
+    return aligned(vocabulary)
 
 
 def gradient_memory(logits: Tensor, inplace: bool) -> Tensor:

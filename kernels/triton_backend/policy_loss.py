@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..backend import tl, triton
-from ..blocks import empty_statistics, statistics_dtype
+from ..blocks import empty_statistics, scale_, statistics_dtype
 from ..formulas.kl import policy_kl
 from ..formulas.surrogates import SURROGATES
 from ..limits import held_, times_
@@ -154,9 +154,18 @@ def scale_rows_kernel(
             tl.store(Body + k * TILE + offsets, (x * scale).to(x.dtype), mask=whole)
 
 
-def forward_backward(
+def has_formula(surrogate: str) -> bool:
+    """Whether the surrogate has a jitted twin."""
+    return SURROGATES[surrogate].triton is not None
+
+
+def policy_loss_forward_backward(
     logits, dlogits, target, advantage, old_logp, ref_logp, ratio, weight, options, temperature
 ):
+    """Loss and gradient in one launch: (loss, logp, entropy, kl | None, clipped), each per token.
+
+    The losses and the gradient written into dlogits (which may be the logits) carry `weight`.
+    """
     logits = with_unit_stride(logits)
     dtype = statistics_dtype(logits)
     loss, logp, entropy, kl = empty_statistics(target, dtype, 4)
@@ -177,7 +186,10 @@ def forward_backward(
 
 
 def scale_rows(rows, scale):
-    """rows (N, V) or (B, T, V), of unit stride, *= scale, a scalar in device memory."""
+    """rows (N, V) or (B, T, V) *= scale, a scalar, in place and without a host sync."""
+    if rows.stride(-1) != 1:
+        scale_(rows, scale)
+        return
     *leading, vocabulary = rows.shape
     if rows.numel():
         launch = row_launch(vocabulary, rows.element_size(), WRITE_THREADS)

@@ -5,8 +5,10 @@ Floors: the forward reads every logit once; the backward reads and writes every 
 
 from __future__ import annotations
 
+import torch
+
 from ..backend import tl, triton
-from ..blocks import empty_statistics, statistics_dtype
+from ..blocks import RowGradients, RowStatistics, empty_statistics, statistics_dtype
 from .launch import (
     READ_THREADS,
     WRITE_THREADS,
@@ -138,7 +140,13 @@ def token_logprob_backward_kernel(
         store_row_constant(Drow, vocabulary, 0.0, THREADS)
 
 
-def forward(logits, target, mask, temperature, with_entropy):
+KEEPS_SOFTMAX = True  # a backward takes row_max and log_sum from the forward
+
+
+def token_logprob_forward(
+    logits, target, mask, temperature, with_entropy, with_softmax=KEEPS_SOFTMAX
+) -> RowStatistics:
+    """Zeros where the mask is false; row_max and log_sum are always made."""
     logits = with_unit_stride(logits)
     dtype = statistics_dtype(logits)
     logp, lse, row_max, log_sum, entropy = empty_statistics(target, dtype, 5)
@@ -150,20 +158,37 @@ def forward(logits, target, mask, temperature, with_entropy):
             logits.shape[-1], *row_strides(logits), number(1.0 / temperature, dtype),
             **launch.options(),
         )  # fmt: skip
-    return logp, entropy, lse, row_max, log_sum
+    return RowStatistics(logp, entropy, lse, row_max, log_sum)
 
 
-def backward(
-    logits, dlogits, target, mask, entropy, row_max, log_sum, dlogp, dlse, dentropy, temperature
+def token_logprob_backward(
+    logits, dlogits, target, mask, statistics: RowStatistics, gradients: RowGradients, temperature
 ):
+    """Writes the gradient into dlogits, which may be the logits themselves."""
     logits = with_unit_stride(logits)
     if not target.numel():
         return
     launch = row_launch(logits.shape[-1], logits.element_size(), WRITE_THREADS)
-    dlogp, dlse, dentropy = (None if g is None else g.contiguous() for g in (dlogp, dlse, dentropy))
+    dlogp, dentropy, dlse = (None if g is None else g.contiguous() for g in gradients)
+    _, entropy, _, row_max, log_sum = statistics
     token_logprob_backward_kernel[(target.numel(),)](
         logits, dlogits, target.contiguous(), mask, entropy, row_max, log_sum,
         dlogp, dlse, dentropy, logits.shape[-1], *row_strides(logits), *row_strides(dlogits)[1:],
         number(1.0 / temperature, row_max.dtype), SAME_PHASE=phase(logits) == phase(dlogits),
         **launch.options(),
+    )  # fmt: skip
+
+
+def token_logprob_backward_slice(
+    logits, dlogits, row_max, log_sum, entropy, at_softmax, at_entropy, temperature
+):
+    """p (at_softmax - at_entropy (log p + H)) / T of some columns, from the whole rows' statistics.
+
+    Writes it into dlogits, which may be the logits themselves; at_entropy may be None.
+    """
+    # the derivative by the log-sum-exp alone, which is the same whatever the target
+    anywhere = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    token_logprob_backward(
+        logits, dlogits, anywhere, None, RowStatistics(None, entropy, None, row_max, log_sum),
+        RowGradients(None, at_entropy, at_softmax), temperature,
     )  # fmt: skip

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlcore.kernels.blocks import statistics_dtype
 from rlcore.kernels.rows.policy_inputs import prepare_policy
 from rlcore.kernels.rows.policy_loss import PolicyLoss, composed_policy_loss
 from rlcore.kernels.rows.token_logprob import TokenLogprob
-from rlcore.kernels.torch_backend.rows import statistics_dtype
 
 DEFAULTS = {
     "epsilon": 0.2,

@@ -78,7 +78,7 @@ def plot_lines(
     Raises:
         UserError: matplotlib is missing.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False, layout="constrained"
     )
@@ -101,10 +101,10 @@ def plot_lines(
 
 def require_matplotlib() -> None:
     """UserError where the extra `report` is not installed; to be asked before a long run."""
-    _pyplot()
+    load_pyplot()
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:

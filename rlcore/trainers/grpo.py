@@ -145,13 +145,13 @@ def _updates(run: Run, step: int, experience: Experience, seed: int) -> Iterator
         if step == run.total_steps:
             return
         step += 1
-        logp, metrics = _update(run, step, experience, rows)
+        logp, metrics = update_policy(run, step, experience, rows)
         yield metrics
         if experience.old_logp is None:
             experience = dataclasses.replace(experience, old_logp=logp)
 
 
-def _update(
+def update_policy(
     run: Run, step: int, experience: Experience, rows: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """One optimizer step on `rows`: the policy's (N, C) logp there, before it, and the metrics."""
@@ -162,7 +162,7 @@ def _update(
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         part = experience.take(batch).trimmed()
-        result = _loss(run, part, num_items)
+        result = surrogate_loss(run, part, num_items)
         logp[batch, : part.completion_length] = result.logp.to(logp.dtype)
         means.add(part.mask, entropy=result.entropy, kl=result.kl, **clip_ratios(part, result))
         if config.kl_estimator == "k3":
@@ -188,7 +188,7 @@ def _num_items(run: Run, mask: torch.Tensor) -> float:
     return counted_items(run, mask, loss_type.loss_agg_mode, all_processes=loss_type.all_processes)
 
 
-def _loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
+def surrogate_loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
     config = run.config
     loss_type = loss_type_of(config.loss_type)
     options = dict(

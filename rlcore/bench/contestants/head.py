@@ -8,7 +8,7 @@ from torch import Tensor
 
 import rlcore as rl
 from rlcore.bench import operations
-from rlcore.bench.contestants.rows import Contestant, _ours, trl_token_logprob
+from rlcore.bench.contestants.rows import Contestant, on_both_backends, trl_token_logprob
 from rlcore.bench.operations import BETA, EPSILON, Inputs
 
 
@@ -174,13 +174,13 @@ def torch_cross_entropy(inputs: Inputs) -> tuple[Tensor, ...]:
 
 HEAD_CONTESTANTS: dict[str, dict[str, Contestant]] = {
     "linear_token_logprob": {
-        **_ours(ours_token_logprob),
+        **on_both_backends(ours_token_logprob),
         "trl logits": Contestant(trl_logits_token_logprob),
         "trl chunked": Contestant(trl_token_logprob_chunked),
         "verl": Contestant(verl_token_logprob, needs_gpu=True),
     },
     "linear_policy_loss": {
-        **_ours(ours_policy_loss),
+        **on_both_backends(ours_policy_loss),
         "rlcore any loss": Contestant(ours_any_loss),
         "trl chunked": Contestant(trl_policy_loss),
         "liger": Contestant(liger_policy_loss),
@@ -188,7 +188,7 @@ HEAD_CONTESTANTS: dict[str, dict[str, Contestant]] = {
         "verl": Contestant(verl_policy_loss, needs_gpu=True),
     },
     "linear_cross_entropy": {
-        **_ours(ours_cross_entropy),
+        **on_both_backends(ours_cross_entropy),
         "trl chunked": Contestant(trl_cross_entropy),
         "torch": Contestant(torch_cross_entropy),
         "liger": Contestant(liger_cross_entropy, needs_gpu=True),
@@ -197,7 +197,7 @@ HEAD_CONTESTANTS: dict[str, dict[str, Contestant]] = {
         "fla": Contestant(fla_cross_entropy, needs_gpu=True),
     },
     "linear_dpo": {
-        **_ours(ours_dpo),
+        **on_both_backends(ours_dpo),
         "trl chunked": Contestant(trl_dpo),
     },
 }

@@ -46,7 +46,9 @@ class Contestant:
         return None
 
 
-def _ours(function: Callable[[Inputs, str], tuple[Tensor, ...]]) -> dict[str, Contestant]:
+def on_both_backends(
+    function: Callable[[Inputs, str], tuple[Tensor, ...]],
+) -> dict[str, Contestant]:
     """The adapter on both backends."""
     return {
         "rlcore triton": Contestant(lambda inputs: function(inputs, "triton"), needs_gpu=True),
@@ -223,33 +225,36 @@ def _liger_grpo(level: str) -> Contestant:
 
 CONTESTANTS: dict[str, dict[str, Contestant]] = {
     "token_logprob": {
-        **_ours(ours_token_logprob),
+        **on_both_backends(ours_token_logprob),
         "trl": Contestant(trl_token_logprob),
         "trl triton": Contestant(trl_triton_token_logprob, needs_gpu=True),
         "verl": Contestant(verl_token_logprob),
         "openrlhf": Contestant(openrlhf_token_logprob),
     },
     "token_logp": {
-        **_ours(ours_token_logp),
+        **on_both_backends(ours_token_logp),
         "trl": Contestant(trl_token_logp),
         "verl": Contestant(verl_token_logp),
     },
     "policy_loss": {
-        **_ours(ours_policy_loss),
+        **on_both_backends(ours_policy_loss),
         "trl": Contestant(trl_policy_loss),
         "liger": _liger_grpo("token"),
     },
-    "sequence_policy_loss": {**_ours(ours_sequence_policy_loss), "liger": _liger_grpo("sequence")},
+    "sequence_policy_loss": {
+        **on_both_backends(ours_sequence_policy_loss),
+        "liger": _liger_grpo("sequence"),
+    },
     "cross_entropy": {
-        **_ours(ours_cross_entropy),
+        **on_both_backends(ours_cross_entropy),
         "liger": Contestant(liger_cross_entropy, needs_gpu=True),
         "quack": Contestant(quack_cross_entropy, needs_gpu=True),
         "fla": Contestant(fla_cross_entropy, needs_gpu=True),
     },
-    "categorical_kl": _ours(ours_categorical_kl),
-    "fisher_vector_product": _ours(ours_fisher),
+    "categorical_kl": on_both_backends(ours_categorical_kl),
+    "fisher_vector_product": on_both_backends(ours_fisher),
     "gae": {
-        **_ours(ours_gae),
+        **on_both_backends(ours_gae),
         "torchrl": Contestant(torchrl_gae),
         "verl": Contestant(verl_gae, most_steps=1 << 16),
     },

@@ -197,9 +197,9 @@ def rlcore_step(directory: str, experience: Experience, case: Case, device) -> S
 
     def gradient() -> None:
         optimizer.zero_grad()
-        grpo._loss(run, experience, float(experience.mask.sum())).loss.backward()
+        grpo.surrogate_loss(run, experience, float(experience.mask.sum())).loss.backward()
 
-    return Step(model, gradient, lambda: grpo._update(run, 1, copy.copy(experience), rows))
+    return Step(model, gradient, lambda: grpo.update_policy(run, 1, copy.copy(experience), rows))
 
 
 def trl_step(directory: str, experience: Experience, case: Case, device) -> Step:

@@ -10,7 +10,7 @@ from typing import Any
 from rlcore.bench.cases import Case
 from rlcore.bench.results.results import Results, Row
 from rlcore.bench.results.tables import sizes
-from rlcore.runs.curves import _pyplot
+from rlcore.runs.curves import load_pyplot
 
 # colour-blind safe; a contestant has the same colour in every picture
 COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999", "#000000")
@@ -20,7 +20,7 @@ FEWEST_POINTS = 3
 
 def draw(run: Results, directory: Path) -> dict[str, Path]:
     """Draws every picture as PNG and SVG; returns {title: path of the PNG}."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     pyplot.rcParams["svg.hashsalt"] = "rlcore"  # the same results give the same file
     directory.mkdir(parents=True, exist_ok=True)
     style = _styles(run)

@@ -67,12 +67,12 @@ def recorded(target: str = "sm_90") -> Iterator[list[Launch]]:
         name = f"{self.__module__.split('.')[0]} {self.__name__}"
         launches.append(Launch(name, key, self, signature, constexprs, attrs, dict(vars(options))))
 
-    original, serves = jit.JITFunction.run, backend._check_triton_serves
-    jit.JITFunction.run, backend._check_triton_serves = run, lambda tensor: None
+    original, serves = jit.JITFunction.run, backend.check_triton_serves
+    jit.JITFunction.run, backend.check_triton_serves = run, lambda tensor: None
     try:
         yield launches
     finally:
-        jit.JITFunction.run, backend._check_triton_serves = original, serves
+        jit.JITFunction.run, backend.check_triton_serves = original, serves
 
 
 def launches_of(contestant: Contestant, case: Case, target: str = "sm_90") -> list[Launch]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlcore.kernels.scans.ops import LONG_TILE, choose_tile
 from rlcore.kernels.triton_backend.scan import UNSPECIALIZED, gae_kernel
+from rlcore.kernels.triton_backend.scan_launch import LONG_TILE, choose_tile
 from rlcore.kernels.triton_backend.score_scan import gae_from_scores_kernel, shaped_reward_kernel
 
 LENGTHS = (500, 4096, 131072)

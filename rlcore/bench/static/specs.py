@@ -10,9 +10,8 @@ import torch
 from rlcore.bench.static import scan_specs
 from rlcore.kernels.backend import tl
 from rlcore.kernels.formulas.surrogates import SURROGATES
-from rlcore.kernels.rows import fisher
 from rlcore.kernels.triton_backend import categorical_kl as categorical
-from rlcore.kernels.triton_backend import policy_loss, token_logprob
+from rlcore.kernels.triton_backend import fisher, policy_loss, token_logprob
 from rlcore.kernels.triton_backend.launch import READ_THREADS, WRITE_THREADS, row_launch
 from rlcore.kernels.triton_backend.tiles import ONE_SWEEP_TILE, TWO_SWEEP_TILE, choose_launch
 
@@ -110,20 +109,20 @@ def _distribution_kernels(logits: str) -> dict[str, tuple]:
     forward_shape = dict.fromkeys(categorical.UNSPECIALIZED[:6], "i32")
     return {
         "categorical_kl_forward": (
-            categorical._categorical_kl_forward_kernel,
+            categorical.categorical_kl_forward_kernel,
             ONE_SWEEP,
             {**pair, "Mask": "*i1", **row, **forward_shape, "inv_temperature": "fp32"},
             {"SAME_PHASE": True},
         ),
         "categorical_kl_backward": (
-            categorical._categorical_kl_backward_kernel,
+            categorical.categorical_kl_backward_kernel,
             ONE_SWEEP,
             {**pair, "Dp": logits, "Dq": logits, "Mask": "*i1", **row, "Dkl": "*fp32", **shape}
             | {"inv_temperature": "fp32"},
             {"SAME_PHASE": True},
         ),
         "fisher_vector_product": (
-            fisher._fisher_vector_product_kernel,
+            fisher.fisher_vector_product_kernel,
             TWO_SWEEPS,
             dict.fromkeys(["Logits", "Tangent", "Product"], logits)
             | dict.fromkeys(fisher.UNSPECIALIZED, "i32")
