@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,18 +34,27 @@ KINDS = {
 }
 
 
-def checks_types(function: Function) -> Function:
+def checks_types(
+    function: Function | None = None, *, options: type | None = None, defaults: Any = None
+) -> Function:
     """A public function whose arguments are of the annotated types: a ValueError names the others.
 
-    Of tensors, numbers and names; what else an argument may be is the function's own to check.
+    Of tensors, numbers and names; what else an argument may be is the function's own to check. With
+    `options`, a TypedDict, and its `defaults`, the function's ** has each of the options, and its
+    signature lists them.
     """
+    if function is None:
+        return functools.partial(checks_types, options=options, defaults=defaults)
+    defaults = dict(defaults or {})
+    annotations = function.__annotations__ | _annotations_of(options)
     kinds = {
         name: KINDS[text]
-        for name, annotation in function.__annotations__.items()
+        for name, annotation in annotations.items()
         if (text := annotation.replace("torch.", "")) in KINDS
     }
     code = function.__code__
     names = code.co_varnames[: code.co_argcount]
+    known = {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], *defaults}
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
@@ -51,9 +62,39 @@ def checks_types(function: Function) -> Function:
             for name, value in chain(zip(names, args, strict=False), kwargs.items()):
                 if name in kinds and not isinstance(value, kinds[name]):
                     _check_type(name, value, kinds[name])
-        return function(*args, **kwargs)
+                if options is not None and name not in known:
+                    _refuse_unknown(function.__name__, name, known)
+        return function(*args, **{**defaults, **kwargs})
 
+    if options is not None:
+        checked.__signature__ = _listing(inspect.signature(function), annotations, defaults)
     return checked
+
+
+def _annotations_of(options: type | None) -> dict[str, str]:
+    """The annotations of a TypedDict, as they are written."""
+    found = {} if options is None else options.__annotations__
+    return {name: getattr(kind, "__forward_arg__", kind) for name, kind in found.items()}
+
+
+def _refuse_unknown(function: str, name: str, known: set[str]) -> None:
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f": did you mean {near[0]!r}?" if near else ""
+    raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{meant}")
+
+
+def _listing(
+    signature: inspect.Signature, annotations: dict[str, str], defaults: dict[str, Any]
+) -> inspect.Signature:
+    """The signature with the options in the place of its **."""
+    *own, _ = signature.parameters.values()
+    added = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotations[name]
+        )
+        for name, value in defaults.items()
+    ]
+    return signature.replace(parameters=[*own, *added])
 
 
 def _check_type(name: str, value, kind: tuple[type, ...]) -> None:

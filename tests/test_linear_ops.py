@@ -84,7 +84,7 @@ def test_opcheck_accepts_the_operators(needs, dtype):
     calls = {
         "linear_policy_loss": (
             hidden, weight, bias, target, advantage, statistic, None, None, statistic,
-            "ppo_clip", [0.2, 0.2, 9.0], "k3", 0.0, 0.1, *head,
+            "ppo_clip", "k3", [0.0, 0.1, 0.2, 0.2, 9.0], *head,
         ),
         "linear_token_logprob": (hidden, weight, bias, target, mask, True, *head),
         "linear_token_logprob_backward": (

@@ -47,8 +47,8 @@ def policy_loss_sample(device: str, backend: str) -> tuple:
     z, target, mask, temperature, _, backend = token_logprob_sample(device, backend)
     per_token = torch.randn(4, 3, device=device).unbind()
     weight = torch.where(mask, 0.5, 0.0)
-    parameters = ("ppo_clip", [0.2, 0.3, 3.0], "k3", 0.1, 0.05)
-    return z, target, *per_token, weight, *parameters, temperature, backend
+    options = ("ppo_clip", "k3", [0.1, 0.05, 0.2, 0.3, 3.0])
+    return z, target, *per_token, weight, *options, temperature, backend
 
 
 SAMPLES = {

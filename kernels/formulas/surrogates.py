@@ -110,6 +110,25 @@ class PolicyOptions:
     entropy_coef: float
     importance_sampling_level: str = "token"
 
+    def flat(self) -> tuple[str, str, list[float]]:
+        """As an operator takes them, at token level: (surrogate, kl_estimator, numbers)."""
+        return self.surrogate, self.kl_estimator, [self.beta, self.entropy_coef, *self.parameters]
+
+    @staticmethod
+    def of(surrogate: str, kl_estimator: str, numbers: list[float]) -> PolicyOptions:
+        """The options that `flat` was called on."""
+        beta, entropy_coef, *parameters = numbers
+        return PolicyOptions(surrogate, tuple(parameters), kl_estimator, beta, entropy_coef)
+
+
+class PerToken(NamedTuple):
+    """What a policy loss is given of each token; old_logp None = the present policy sampled."""
+
+    advantage: Tensor
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    importance_sampling_ratio: Tensor | None
+
 
 class PolicyTerms(NamedTuple):
     """A token's loss, dloss/dlogp (dloss/dentropy is -entropy_coef), KL estimate and clipping."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..blocks import RowGradients, RowStatistics, statistics_dtype
 from ..checks import check_targets_in_range
-from ..formulas.surrogates import PolicyOptions
+from ..formulas.surrogates import PerToken, PolicyOptions
 from .chunks import Run
 from .plan import make_plan
 from .products import Head, gradient_dtype
@@ -53,10 +53,8 @@ def linear_policy_loss_op(
     ratio: Tensor | None,
     token_weight: Tensor,
     surrogate: str,
-    parameters: list[float],
     kl_estimator: str,
-    beta: float,
-    entropy_coef: float,
+    numbers: list[float],
     temperature: float,
     softcap: float | None,
     logit_scale: float,
@@ -66,12 +64,12 @@ def linear_policy_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logp, entropy, kl, clipped, dhidden, dweight, dbias), empty where there is none."""
     check_targets_in_range(target, token_weight != 0, weight.shape[0], backend)
-    options = PolicyOptions(surrogate, tuple(parameters), kl_estimator, beta, entropy_coef)
+    options = PolicyOptions.of(surrogate, kl_estimator, numbers)
     run = _run(
         hidden, weight, temperature, softcap, logit_scale, chunk_bytes, needs, backend, False
     )
     (loss, *rest), gradients = policy_pass(
-        hidden, weight, bias, target, [advantage, old_logp, ref_logp, ratio], token_weight,
+        hidden, weight, bias, target, PerToken(advantage, old_logp, ref_logp, ratio), token_weight,
         options, run,
     )  # fmt: skip
     return _present([loss.sum(), *rest, *gradients], loss)

@@ -18,7 +18,7 @@ from ..blocks import (
     statistics_dtype,
     without_autocast,
 )
-from ..formulas.surrogates import SURROGATES, PolicyOptions, policy_terms
+from ..formulas.surrogates import SURROGATES, PerToken, PolicyOptions, policy_terms
 from ..implementation import implementation
 from .chunks import (
     Chunk,
@@ -42,15 +42,12 @@ def policy_pass(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    per_token: list[Tensor | None],
+    per_token: PerToken,
     token_weight: Tensor,
     options: PolicyOptions,
     run: Run,
 ) -> tuple[list[Tensor | None], Gradients3]:
-    """[loss, logp, entropy, kl, clipped], each (N,), and the gradients of the summed loss.
-
-    per_token is [advantage, old_logp, ref_logp, importance_sampling_ratio].
-    """
+    """[loss, logp, entropy, kl, clipped], each (N,), and the gradients of the summed loss."""
     products = Products(weight, bias)
     chunk = Chunk(products, run)
     like = {"dtype": statistics_dtype(hidden), "device": target.device}
@@ -61,7 +58,7 @@ def policy_pass(
     gathered = Gathered(hidden, products, run.needs, chunk, kept)
     leaves_out = _may_leave_tokens_out(per_token, options)
     for rows in chunks:
-        hidden_rows, given = hidden[rows], at_rows(per_token, rows)
+        hidden_rows, given = hidden[rows], PerToken(*at_rows(per_token, rows))
         z, dz = chunk.z[: len(hidden_rows)], chunk.dz[: len(hidden_rows)]
         run.head.cap_(products.logits(hidden_rows, z))
         parts, unit = _policy_rows(z, dz, target[rows], given, token_weight[rows], options, run)
@@ -72,7 +69,7 @@ def policy_pass(
         ds = run.head.uncap_(dz, z)
         flows = _flows(given, parts[-1], options) if leaves_out else None
         gathered.add(ds, hidden_rows, rows, flows, unit)
-    if per_token[2] is None:
+    if per_token.ref_logp is None:
         statistics[3] = None
     return statistics, gathered.finish(gradient_dtype(weight.dtype))
 
@@ -127,7 +124,7 @@ def _policy_softmaxes(parts, hidden, z, target, given, token_weight, options, ru
     return softmaxes_of(hidden, z, target, run, entropy, gradients)
 
 
-def _may_leave_tokens_out(per_token: list[Tensor | None], options: PolicyOptions) -> bool:
+def _may_leave_tokens_out(per_token: PerToken, options: PolicyOptions) -> bool:
     """Whether to look in every chunk for tokens without a gradient, to take no product of them.
 
     A GPU waits for the answer each time: there only where an advantage or a ratio is 0, as clipped
@@ -135,7 +132,7 @@ def _may_leave_tokens_out(per_token: list[Tensor | None], options: PolicyOptions
     """
     if options.beta or options.entropy_coef:
         return False
-    advantage, _, _, ratio = per_token
+    advantage, ratio = per_token.advantage, per_token.importance_sampling_ratio
     if advantage.device.type == "cpu":
         return True
     factors = [advantage] if SURROGATES[options.surrogate].needs_advantage else []
@@ -143,12 +140,11 @@ def _may_leave_tokens_out(per_token: list[Tensor | None], options: PolicyOptions
     return bool(factors) and not torch.stack(factors).all()
 
 
-def _flows(given: list[Tensor | None], clipped: Tensor, options: PolicyOptions) -> Tensor:
+def _flows(given: PerToken, clipped: Tensor, options: PolicyOptions) -> Tensor:
     """Rows that may have a gradient, where neither a KL nor an entropy bonus gives all one."""
-    advantage, _, _, ratio = given
-    flows = ~clipped
+    ratio, flows = given.importance_sampling_ratio, ~clipped
     if SURROGATES[options.surrogate].needs_advantage:
-        flows &= advantage != 0
+        flows &= given.advantage != 0
     return flows if ratio is None else flows & (ratio != 0)
 
 

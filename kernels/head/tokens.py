@@ -9,12 +9,15 @@ backward products follow while the chunk is at hand: 6 N H V operations, and nev
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..backend import refuse_transforms, resolve_backend
 from ..checks import check_name, check_rows, check_targets_in_range, checks_types
-from ..rows.policy_inputs import knows_derivative, prepare_policy
+from ..formulas.surrogates import PerToken
+from ..rows.policy_inputs import DEFAULTS, PolicyArguments, knows_derivative, prepare_policy
 from ..rows.policy_loss import PolicyLoss, composed_policy_loss
 from ..rows.token_logprob import TokenLogprob
 from .autograd import LinearPolicyLoss, LinearTokenLogprob
@@ -23,6 +26,9 @@ from .inputs import prepare_head
 from .ops import linear_policy_loss_op, linear_token_logprob_op
 from .plan import LinearPlan, make_plan
 from .products import Head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @checks_types
@@ -121,7 +127,7 @@ def prepared_token_logprob(
     return TokenLogprob(logp.view(shape), entropies, lse.view(shape))
 
 
-@checks_types
+@checks_types(options=PolicyArguments, defaults=DEFAULTS)
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -132,25 +138,8 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int | None = None,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    mask: Tensor | None = None,
-    surrogate: str = "ppo_clip",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_coef: float = 0.0,
-    temperature: float = 1.0,
-    importance_sampling_level: str = "token",
-    importance_sampling_ratio: Tensor | None = None,
-    loss_agg_mode: str = "token-mean",
-    num_items: int | float | Tensor | None = None,
-    norm_length: int | float | None = None,
-    cu_seqlens: Tensor | None = None,
-    surrogate_params: dict[str, float] | None = None,
     backend: str | None = None,
+    **options: Unpack[PolicyArguments],
 ) -> PolicyLoss:
     """`policy_loss` of a head's logits, from its input, without the logits.
 
@@ -172,44 +161,40 @@ def linear_policy_loss(
     Raises:
         ValueError: as in `policy_loss` and `linear_token_logprob`.
     """
-    check_rows(hidden, target, mask=mask, temperature=temperature, name="hidden")
+    temperature = options["temperature"]
+    check_rows(hidden, target, mask=options["mask"], temperature=temperature, name="hidden")
     backend = resolve_backend(backend, hidden)
     flat, weight, bias, head = prepare_head(
         hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
     )
-    options, mask, token_weight, per_token = prepare_policy(
-        flat.view(*hidden.shape), target, advantage, old_logp, ref_logp, mask,
-        importance_sampling_ratio, surrogate=surrogate, epsilon=epsilon,
-        epsilon_high=epsilon_high, delta=delta, beta=beta, kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef, temperature=temperature,
-        importance_sampling_level=importance_sampling_level, loss_agg_mode=loss_agg_mode,
-        num_items=num_items, norm_length=norm_length, cu_seqlens=cu_seqlens,
-        surrogate_params=surrogate_params, name="hidden",
-    )  # fmt: skip
+    prepared, mask, token_weight, per_token = prepare_policy(
+        flat.view(*hidden.shape), target, advantage, options, "hidden"
+    )
     needs = needs_of(flat, weight, bias)
-    if not any(needs) or not knows_derivative(options, backend):
+    if not any(needs) or not knows_derivative(prepared, backend):
         statistics = prepared_token_logprob(
             flat, weight, bias, head, target, mask, entropy=True,
-            entropy_gradient=options.entropy_coef != 0, chunk_bytes=chunk_bytes, backend=backend,
+            entropy_gradient=prepared.entropy_coef != 0, chunk_bytes=chunk_bytes, backend=backend,
         )  # fmt: skip
-        return composed_policy_loss(statistics, mask, token_weight, per_token, options, cu_seqlens)
+        cu_seqlens = options["cu_seqlens"]
+        return composed_policy_loss(statistics, mask, token_weight, per_token, prepared, cu_seqlens)
     check_targets_in_range(target, mask, weight.shape[0], backend)
-    per_token = [None if t is None else t.view(-1) for t in per_token]
+    per_token = PerToken(*(None if t is None else t.view(-1) for t in per_token))
     if not is_plain(flat, weight, bias, target, token_weight, *per_token):
         loss, *rest = linear_policy_loss_op(
-            flat, weight, bias, target.reshape(-1), *per_token, token_weight.view(-1), surrogate,
-            list(options.parameters), kl_estimator, options.beta, options.entropy_coef,
+            flat, weight, bias, target.reshape(-1), *per_token, token_weight.view(-1),
+            *prepared.flat(),
             head.temperature, head.softcap, head.logit_scale, chunk_bytes, list(needs), backend,
         )[:5]  # fmt: skip
         logp, entropy, kl, clipped = (t.detach() for t in rest)
-        rest = (logp, entropy, None if ref_logp is None else kl, clipped)
+        rest = (logp, entropy, None if per_token.ref_logp is None else kl, clipped)
         return PolicyLoss(loss, *(None if t is None else t.view(target.shape) for t in rest))
     plan = make_plan(
         flat, weight, chunk_bytes=chunk_bytes, needs=needs, coupled=False,
         separate_gradient=softcap is not None,
     )  # fmt: skip
     loss, *rest = LinearPolicyLoss.apply(
-        flat, weight, bias, target.reshape(-1), per_token, token_weight.view(-1), options,
+        flat, weight, bias, target.reshape(-1), per_token, token_weight.view(-1), prepared,
         Run(head, plan, needs, backend),
     )  # fmt: skip
     return PolicyLoss(loss, *(None if t is None else t.view(target.shape) for t in rest))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,51 +19,82 @@ from ..checks import (
 )
 from ..formulas.kl import POLICY_KL_ESTIMATORS
 from ..formulas.sequences import token_weight
-from ..formulas.surrogates import LEVELS, SURROGATES, PolicyOptions
+from ..formulas.surrogates import LEVELS, SURROGATES, PerToken, PolicyOptions
 from ..implementation import implementation
 
 # parameters of surrogates that are arguments of every policy loss
 SHARED = ("epsilon", "epsilon_high", "delta")
 
 
+class PolicyArguments(TypedDict, total=False):
+    """What every policy loss takes by name; `policy_loss` says what each means."""
+
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    mask: Tensor | None
+    surrogate: str
+    epsilon: float
+    epsilon_high: float | None
+    delta: float | None
+    beta: float
+    kl_estimator: str
+    entropy_coef: float
+    temperature: float
+    importance_sampling_level: str
+    importance_sampling_ratio: Tensor | None
+    loss_agg_mode: str
+    num_items: int | float | Tensor | None
+    norm_length: int | float | None
+    cu_seqlens: Tensor | None
+    surrogate_params: dict[str, float] | None
+
+
+DEFAULTS = PolicyArguments(
+    old_logp=None, ref_logp=None, mask=None, surrogate="ppo_clip", epsilon=0.2, epsilon_high=None,
+    delta=None, beta=0.0, kl_estimator="k3", entropy_coef=0.0, temperature=1.0,
+    importance_sampling_level="token", importance_sampling_ratio=None, loss_agg_mode="token-mean",
+    num_items=None, norm_length=None, cu_seqlens=None, surrogate_params=None,
+)  # fmt: skip
+
+
 class PolicyInputs(NamedTuple):
-    """Checked inputs; per_token is [advantage, old_logp, ref_logp, importance_sampling_ratio]."""
+    """Checked inputs: what a token's loss is made of, (N,) or (B, T) masks and weights, values."""
 
     options: PolicyOptions
     mask: Tensor
     weight: Tensor
-    per_token: list[Tensor | None]
+    per_token: PerToken
 
 
 def prepare_policy(
-    rows: Tensor,
-    target: Tensor,
-    advantage: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    mask: Tensor | None,
-    importance_sampling_ratio: Tensor | None,
-    *,
-    surrogate: str,
-    epsilon: float,
-    epsilon_high: float | None,
-    delta: float | None,
-    beta: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    temperature: float,
-    importance_sampling_level: str,
-    loss_agg_mode: str,
-    num_items: int | float | Tensor | None,
-    norm_length: int | float | None,
-    cu_seqlens: Tensor | None,
-    surrogate_params: dict[str, float] | None,
-    name: str = "logits",
+    rows: Tensor, target: Tensor, advantage: Tensor, given: PolicyArguments, name: str = "logits"
 ) -> PolicyInputs:
-    """Checks the arguments of `policy_loss`; `rows` are the logits or, by `name`, the hidden."""
-    check_rows(rows, target, mask=mask, temperature=temperature, name=name)
-    check_positive(epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
-    check_finite(beta=beta, entropy_coef=entropy_coef)
+    """Checks all arguments of `policy_loss`; `rows` are the logits or, by `name`, the hidden."""
+    mask, level = given["mask"], given["importance_sampling_level"]
+    check_rows(rows, target, mask=mask, temperature=given["temperature"], name=name)
+    _check_options(given)
+    _check_level(given["surrogate"], level, rows, given["loss_agg_mode"], given["cu_seqlens"])
+    options = PolicyOptions(
+        given["surrogate"], _parameters(given), given["kl_estimator"], float(given["beta"]),
+        float(given["entropy_coef"]), level,
+    )  # fmt: skip
+    if mask is None:
+        mask = torch.ones(target.shape, dtype=torch.bool, device=rows.device)
+    weight = token_weight(
+        mask.contiguous(), given["loss_agg_mode"], num_items=given["num_items"],
+        norm_length=given["norm_length"], cu_seqlens=given["cu_seqlens"],
+        dtype=statistics_dtype(rows),
+    ).contiguous()  # fmt: skip
+    values = {"advantage": advantage, **{n: given[n] for n in PerToken._fields[1:]}}
+    per_token = PerToken(*(_per_token(n, value, rows, name) for n, value in values.items()))
+    return PolicyInputs(options, mask, weight, per_token)
+
+
+def _check_options(given: PolicyArguments) -> None:
+    """Numbers in range, known names, and no two options at odds."""
+    check_positive(**{name: given[name] for name in SHARED})
+    check_finite(beta=given["beta"], entropy_coef=given["entropy_coef"])
+    surrogate, kl_estimator, beta = (given[n] for n in ("surrogate", "kl_estimator", "beta"))
     check_name("surrogate", surrogate, SURROGATES)
     check_name("kl_estimator", kl_estimator, POLICY_KL_ESTIMATORS)
     if kl_estimator == "k3_ratio" and SURROGATES[surrogate].clip_token is not None:
@@ -71,29 +102,8 @@ def prepare_policy(
             f"kl_estimator 'k3_ratio' needs pi / pi_old, of which surrogate {surrogate!r} clips "
             "the tokens: use 'k1', 'k2' or 'k3'"
         )
-    _check_level(surrogate, importance_sampling_level, rows, loss_agg_mode, cu_seqlens)
-    if beta != 0 and ref_logp is None:
+    if beta != 0 and given["ref_logp"] is None:
         raise ValueError(f"beta is {beta} but ref_logp is None: pass ref_logp or set beta to 0")
-    parameters = _parameters(surrogate, old_logp, epsilon, epsilon_high, delta, surrogate_params)
-    options = PolicyOptions(
-        surrogate, parameters, kl_estimator, float(beta), float(entropy_coef),
-        importance_sampling_level,
-    )  # fmt: skip
-    dtype = statistics_dtype(rows)
-    if mask is None:
-        mask = torch.ones(target.shape, dtype=torch.bool, device=rows.device)
-    weight = token_weight(
-        mask.contiguous(), loss_agg_mode, num_items=num_items, norm_length=norm_length,
-        cu_seqlens=cu_seqlens, dtype=dtype,
-    ).contiguous()  # fmt: skip
-    per_token = [
-        _per_token(label, value, rows, name)
-        for label, value in {
-            "advantage": advantage, "old_logp": old_logp, "ref_logp": ref_logp,
-            "importance_sampling_ratio": importance_sampling_ratio,
-        }.items()
-    ]  # fmt: skip
-    return PolicyInputs(options, mask, weight, per_token)
 
 
 def knows_derivative(options: PolicyOptions, backend: str) -> bool:
@@ -123,10 +133,10 @@ def _check_level(
         )
 
 
-def _parameters(surrogate, old_logp, epsilon, epsilon_high, delta, surrogate_params):
+def _parameters(given: PolicyArguments) -> tuple[float, ...]:
     """The surrogate's parameters in its order; what it has no use for is refused."""
+    surrogate = given["surrogate"]
     entry = SURROGATES[surrogate]
-    given = {"epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
     for name in ("epsilon_high", "delta"):
         if given[name] is not None and name not in entry.parameters:
             raise ValueError(f"surrogate {surrogate!r} does not use {name}: leave it None")
@@ -134,14 +144,14 @@ def _parameters(surrogate, old_logp, epsilon, epsilon_high, delta, surrogate_par
             raise ValueError(
                 f"surrogate {surrogate!r} bounds the ratio itself by {name}: pass it, 5.0 say"
             )
-    if old_logp is not None and not entry.has_ratio:
+    if given["old_logp"] is not None and not entry.has_ratio:
         raise ValueError(
             f"surrogate {surrogate!r} has no importance ratio, so it takes no old_logp: leave it "
             "None, or pass importance_sampling_ratio"
         )
-    shared = {"epsilon": epsilon, "epsilon_high": epsilon if epsilon_high is None else epsilon_high}
-    shared["delta"] = float("inf") if delta is None else delta
-    values = shared | own_parameters(surrogate, surrogate_params or {})
+    shared = {name: given[name] for name in SHARED if given[name] is not None}
+    shared = {"epsilon_high": given["epsilon"], "delta": float("inf")} | shared
+    values = shared | own_parameters(surrogate, given["surrogate_params"] or {})
     return tuple(float(values[name]) for name in entry.parameters)
 
 

@@ -8,7 +8,7 @@ Floor: one read and one write of the logits. A row's second sweep comes from reg
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,14 @@ from ..backend import resolve_backend, takes_short_way
 from ..blocks import statistics_dtype
 from ..checks import check_inplace, check_targets_in_range, checks_types
 from ..formulas.sequence_ratio import share_sequence_ratio
-from ..formulas.surrogates import PolicyOptions, policy_terms
+from ..formulas.surrogates import PerToken, PolicyOptions, policy_terms
 from ..implementation import implementation
 from ..limits import known
-from .policy_inputs import knows_derivative, prepare_policy
+from .policy_inputs import DEFAULTS, PolicyArguments, knows_derivative, prepare_policy
 from .token_logprob import TokenLogprob, token_logprob
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PolicyLoss(NamedTuple):
@@ -72,16 +75,14 @@ def policy_loss_op(
     ratio: Tensor | None,
     weight: Tensor,
     surrogate: str,
-    parameters: list[float],
     kl_estimator: str,
-    beta: float,
-    entropy_coef: float,
+    numbers: list[float],
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(token losses, logp, entropy, kl, clipped, dlogits); kl is empty without ref_logp."""
     check_targets_in_range(target, weight != 0, logits.shape[-1], backend)
-    options = PolicyOptions(surrogate, tuple(parameters), kl_estimator, beta, entropy_coef)
+    options = PolicyOptions.of(surrogate, kl_estimator, numbers)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     loss, logp, entropy, kl, clipped = implementation(backend).policy_loss_forward_backward(
         logits, dlogits, target, advantage, old_logp, ref_logp, ratio, weight, options, temperature
@@ -115,32 +116,15 @@ def _op_backward(ctx, dloss, *_):
 policy_loss_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-@checks_types
+@checks_types(options=PolicyArguments, defaults=DEFAULTS)
 def policy_loss(
     logits: Tensor,
     target: Tensor,
     advantage: Tensor,
     *,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    mask: Tensor | None = None,
-    surrogate: str = "ppo_clip",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_coef: float = 0.0,
-    temperature: float = 1.0,
-    importance_sampling_level: str = "token",
-    importance_sampling_ratio: Tensor | None = None,
-    loss_agg_mode: str = "token-mean",
-    num_items: int | float | Tensor | None = None,
-    norm_length: int | float | None = None,
-    cu_seqlens: Tensor | None = None,
-    surrogate_params: dict[str, float] | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
+    **options: Unpack[PolicyArguments],
 ) -> PolicyLoss:
     """Policy loss of sampled tokens, straight from the logits, with its gradient.
 
@@ -197,32 +181,26 @@ def policy_loss(
     """
     check_inplace(logits, inplace_backward)
     backend = resolve_backend(backend, logits)
-    options, mask, weight, per_token = prepare_policy(
-        logits, target, advantage, old_logp, ref_logp, mask, importance_sampling_ratio,
-        surrogate=surrogate, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, beta=beta,
-        kl_estimator=kl_estimator, entropy_coef=entropy_coef, temperature=temperature,
-        importance_sampling_level=importance_sampling_level, loss_agg_mode=loss_agg_mode,
-        num_items=num_items, norm_length=norm_length, cu_seqlens=cu_seqlens,
-        surrogate_params=surrogate_params,
-    )  # fmt: skip
-    if not _makes_gradient_in_forward(logits, options, backend):
+    prepared, mask, weight, per_token = prepare_policy(logits, target, advantage, options)
+    temperature = options["temperature"]
+    if not _makes_gradient_in_forward(logits, prepared, backend):
         statistics = token_logprob(
             logits, target, temperature=temperature, mask=mask,
             inplace_backward=inplace_backward, backend=backend,
         )  # fmt: skip
-        return composed_policy_loss(statistics, mask, weight, per_token, options, cu_seqlens)
+        cu_seqlens = options["cu_seqlens"]
+        return composed_policy_loss(statistics, mask, weight, per_token, prepared, cu_seqlens)
     if takes_short_way(logits, target, mask, weight, *per_token):
         check_targets_in_range(target, mask, logits.shape[-1], backend)
         return PolicyLoss(
             *_PolicyLoss.apply(
-                logits, inplace_backward, backend, target, *per_token, weight, options, temperature
+                logits, inplace_backward, backend, target, *per_token, weight, prepared, temperature
             )
         )
     loss, logp, entropy, kl, clipped, _ = policy_loss_op(
-        logits, target, *per_token, weight, surrogate, list(options.parameters), kl_estimator,
-        options.beta, options.entropy_coef, temperature, backend,
-    )  # fmt: skip
-    kl = None if ref_logp is None else kl.detach()
+        logits, target, *per_token, weight, *prepared.flat(), temperature, backend
+    )
+    kl = None if per_token.ref_logp is None else kl.detach()
     return PolicyLoss(loss.sum(), logp.detach(), entropy.detach(), kl, clipped)
 
 
@@ -244,7 +222,7 @@ def composed_policy_loss(
     statistics: TokenLogprob,
     mask: Tensor,
     weight: Tensor,
-    per_token: list[Tensor | None],
+    per_token: PerToken,
     options: PolicyOptions,
     cu_seqlens: Tensor | None = None,
 ) -> PolicyLoss:
