@@ -21,6 +21,7 @@ from helpers.head_pairs import (
 )
 from helpers.mutants import TESTS, function, load_kernels, read_mutants, unload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlcore as rl
@@ -275,6 +276,22 @@ def test_the_operators_serve_torch_compile():
             wanted = results
     for got, want in zip(results, wanted, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("needs", [BOTH, HIDDEN_ALONE])
+@pytest.mark.parametrize("tokens", [None, 2])
+def test_gradient_checkpointing_around_the_heads_gives_the_same_gradients(needs, tokens, backend):
+    pair = make_pair((6,), dtypes=(torch.float32,) * 2)
+    more = {"backend": backend, "chunk_bytes": tokens and budget(pair, tokens)}
+
+    def loss(*leaves):
+        return call(OP, pair, leaves, **more).sum()
+
+    plain, checkpointed = pair.leaves(needs), pair.leaves(needs)
+    loss(*plain).backward()
+    checkpoint(loss, *checkpointed, use_reentrant=False).backward()
+    for got, want, needed in zip(checkpointed, plain, needs, strict=True):
+        assert not needed or torch.equal(got.grad, want.grad)
 
 
 @pytest.mark.parametrize("needs", [BOTH, P_ALONE])

@@ -59,8 +59,8 @@ class LinearTokenLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogp, dentropy, dlse):
-        tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
-        hidden, weight, bias, target, mask, logp, entropy, row_max, log_sum = tensors
+        hidden, weight, bias, target, mask, *softmax = ctx.saved_tensors
+        logp, entropy, row_max, log_sum, *saved = softmax
         given = RowGradients(dlogp, dentropy, dlse)
         if all(g is None for g in given):
             gradients = [None] * 3

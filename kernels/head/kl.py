@@ -36,8 +36,8 @@ class _LinearCategoricalKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dkl):
-        tensors, statistics = ctx.saved_tensors[:7], ctx.saved_tensors[7:12]
-        saved = ctx.saved_tensors[12:]
+        given = ctx.saved_tensors
+        tensors, statistics, saved = given[:7], given[7:12], given[12:]
         if ctx.runs[0].plan.strategy == "unit-gradient":
             gradients = scale_unit_gradients(saved, tensors[6], dkl)
         else:
@@ -135,9 +135,8 @@ def _setup_context(ctx, inputs, output):
 
 def _op_backward(ctx, dkl, *_):
     needs = ctx.options[-2]
-    gradients = linear_categorical_kl_backward_op(
-        *ctx.saved_tensors[:7], ctx.saved_tensors[7:], dkl, *ctx.options
-    )
+    given = ctx.saved_tensors
+    gradients = linear_categorical_kl_backward_op(*given[:7], given[7:], dkl, *ctx.options)
     given = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return *given, *(None,) * 10
 
