@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..blocks import statistics_dtype
+from ..blocks import accumulator_dtype, statistics_dtype
 from ..checks import check_denominators, checks_types
 from ..rows.categorical_divergence import check_kind
-from ..triton_backend.categorical_kl import accumulator_dtype
-from .autograd import _scaled
+from .autograd import scaled
 from .kl import divergence_of_heads
 from .kl_passes import kl_pass
 from .products import gradient_dtype
@@ -40,7 +39,7 @@ class _LinearDivergenceLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = [None if g is None else _scaled(g, dloss, keep) for g in ctx.saved_tensors]
+        gradients = [None if g is None else scaled(g, dloss, keep) for g in ctx.saved_tensors]
         return *gradients, *(None,) * 4
 
 

@@ -14,7 +14,7 @@ from .chunks import Run
 from .inputs import prepare_head
 from .kl_passes import make_pair_plan
 from .products import Head
-from .tokens import _is_plain, _needs
+from .tokens import is_plain, needs_of
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class HeadPair:
     @property
     def is_plain(self) -> bool:
         """Eager mode, where an autograd.Function costs less than an operator."""
-        return _is_plain(*self.tensors)
+        return is_plain(*self.tensors)
 
     @property
     def needs(self) -> list[tuple[bool, bool, bool]]:
         """Of p and of q, which of hidden, weight and bias need a gradient."""
-        return [_needs(*self.tensors[:3]), _needs(*self.tensors[3:6])]
+        return [needs_of(*self.tensors[:3]), needs_of(*self.tensors[3:6])]
 
     @property
     def needs_of_both(self) -> list[bool]:
