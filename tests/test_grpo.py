@@ -14,7 +14,7 @@ from rlcore.errors import UserError
 from rlcore.kernels.formulas.surrogates import SURROGATES
 from rlcore.models.heads import LogitsHead
 from rlcore.trainers import grpo
-from rlcore.trainers.grpo import _update, _with_other_policies
+from rlcore.trainers.grpo import _with_other_policies, update_policy
 from rlcore.trainers.options.grpo import LOSS_TYPES, check_grpo_config
 from rlcore.trainers.shared import masking
 from rlcore.trainers.shared.collect import _metrics
@@ -29,7 +29,7 @@ FULL = {"beta": 0.3, "entropy_coef": 0.05, "epsilon_high": 0.3, "delta": 1.5, "t
 def update(tmp_path, made, **changes):
     """(metrics, gradient) of one optimizer step on the whole of `made`."""
     run = make.make_run(make.config(tmp_path, **changes))
-    _, metrics = _update(run, 1, made, EVERYTHING)
+    _, metrics = update_policy(run, 1, made, EVERYTHING)
     return metrics, make.gradient(run.policy)
 
 
@@ -273,7 +273,7 @@ def test_padding_columns_change_nothing(tmp_path):
 def test_the_first_pass_hands_out_the_sampling_policys_logp(tmp_path):
     made = make.experience()
     run = make.make_run(make.config(tmp_path, per_device_train_batch_size=3))
-    logp, _ = _update(run, 1, made, EVERYTHING)
+    logp, _ = update_policy(run, 1, made, EVERYTHING)
     useful = made.has_gradient()
     expected = make.naive_logp(tiny_model("gpt2"), made, 1.0)[0]
     difference = (logp - expected)[useful[:, None] & made.mask]

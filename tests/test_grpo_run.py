@@ -19,7 +19,7 @@ from rlcore.functional.advantages import group_advantage
 from rlcore.runs.checkpoint import last_checkpoint
 from rlcore.runs.tracking import read_metrics
 from rlcore.trainers import grpo
-from rlcore.trainers.grpo import GRPOConfig, _update, train_grpo
+from rlcore.trainers.grpo import GRPOConfig, train_grpo, update_policy
 from rlcore.trainers.options.grpo import LOSS_TYPES
 
 
@@ -340,7 +340,7 @@ def two_ranks(tmp_path_factory):
 def test_two_processes_take_the_step_of_one(two_ranks, tmp_path, loss_type):
     changes = VARIANTS.get(loss_type, {"loss_type": loss_type})
     run = make.make_run(make.config(tmp_path, beta=0.3, **changes))
-    _, expected = _update(run, 1, make.experience(old=0.3, ref=0.4), torch.arange(8))
+    _, expected = update_policy(run, 1, make.experience(old=0.3, ref=0.4), torch.arange(8))
     gradient = make.gradient(run.policy)
     for rank in two_ranks[1]:
         taken = rank[loss_type]
@@ -353,7 +353,7 @@ def test_bnpo_averages_what_each_process_found_for_itself(two_ranks, tmp_path):
     gradients = []
     for rows in (torch.arange(4), torch.arange(4, 8)):
         run = make.make_run(make.config(tmp_path, loss_type="bnpo", beta=0.3))
-        _update(run, 1, make.experience(old=0.3, ref=0.4), rows)
+        update_policy(run, 1, make.experience(old=0.3, ref=0.4), rows)
         gradients.append(make.gradient(run.policy))
     mean = sum(gradients) / 2
     for rank in two_ranks[1]:

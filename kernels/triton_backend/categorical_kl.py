@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backend import tl, triton
 from ..blocks import accumulator_dtype
-from .launch import number, phase, row_strides, with_unit_stride
+from .launch import number, row_strides, same_phase, with_unit_stride
 from .sweep import FLOOR, LOG2E, row_offset
 from .tiles import (
     ONE_SWEEP_TILE,
@@ -20,6 +20,7 @@ from .tiles import (
     load_first_tile,
     load_tile,
     misalignment,
+    shifted_row,
     store_row_constant,
 )
 
@@ -179,17 +180,6 @@ def _store_tile(D, start, columns, inside, gradient, BOUNDED: tl.constexpr):
             tl.store(D + start + columns, gradient.to(D.dtype.element_ty))
 
 
-@triton.jit
-def _shifted_row(D, row, rows_per_batch, stride_b, stride_t, shift, SAME_PHASE: tl.constexpr):
-    """Where a row's tiles begin, `shift` elements before the row; None for None."""
-    Row = D
-    if D is not None:
-        Row = D + row_offset(row, rows_per_batch, stride_b, stride_t) - shift
-        if SAME_PHASE:
-            Row = tl.multiple_of(Row, 16)
-    return Row
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def categorical_kl_backward_kernel(
     P,
@@ -222,9 +212,9 @@ def categorical_kl_backward_kernel(
     P += row_offset(row, rows_per_batch, p_stride_b, p_stride_t)
     shift = misalignment(P)
     P = tl.multiple_of(P - shift, 16)
-    Q = _shifted_row(Q, row, rows_per_batch, q_stride_b, q_stride_t, shift, SAME_PHASE)
-    Dp = _shifted_row(Dp, row, rows_per_batch, dp_stride_b, dp_stride_t, shift, SAME_PHASE)
-    Dq = _shifted_row(Dq, row, rows_per_batch, dq_stride_b, dq_stride_t, shift, SAME_PHASE)
+    Q = shifted_row(Q, row, rows_per_batch, q_stride_b, q_stride_t, shift, SAME_PHASE)
+    Dp = shifted_row(Dp, row, rows_per_batch, dp_stride_b, dp_stride_t, shift, SAME_PHASE)
+    Dq = shifted_row(Dq, row, rows_per_batch, dq_stride_b, dq_stride_t, shift, SAME_PHASE)
     end = shift + vocabulary
     dkl = tl.load(Dkl + row)
     flows = dkl != 0
@@ -270,11 +260,6 @@ def categorical_kl_backward_kernel(
             store_row_constant(Dp, shift, end, 0.0, BLOCK)
         if Dq is not None:
             store_row_constant(Dq, shift, end, 0.0, BLOCK)
-
-
-def same_phase(*tensors: Tensor | None) -> bool:
-    """Whether rows of all tensors start at the same distance from a 16-byte boundary."""
-    return len({(t.element_size(), phase(t)) for t in tensors if t is not None}) == 1
 
 
 def _launch_values(*tensors: Tensor) -> Launch:

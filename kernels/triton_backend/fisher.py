@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..backend import tl, triton
-from .categorical_kl import lane_columns, same_phase
-from .launch import number, row_strides, with_unit_stride
+from .categorical_kl import lane_columns
+from .launch import number, row_strides, same_phase, with_unit_stride
 from .sweep import FLOOR, LOG2E, row_offset
 from .tiles import (
     TWO_SWEEP_TILE,

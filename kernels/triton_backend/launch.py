@@ -87,6 +87,11 @@ def phase(rows: Tensor) -> tuple[int, ...]:
     return (*offsets, itemsize) if any(offsets) else offsets
 
 
+def same_phase(*tensors: Tensor | None) -> bool:
+    """Whether rows of all tensors start at the same distance from a 16-byte boundary."""
+    return len({(t.element_size(), phase(t)) for t in tensors if t is not None}) == 1
+
+
 def row_width(vocabulary: int) -> int:
     """Columns in memory of a row, so that every row starts at a 16-byte boundary."""
     return aligned(vocabulary)

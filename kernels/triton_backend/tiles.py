@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..backend import tl, triton
 from .launch import ALIGNMENT
-from .sweep import FLOOR
+from .sweep import FLOOR, row_offset
 
 # Bytes of a tile. One sweep: small blocks, several rows in flight on a multiprocessor. Two sweeps:
 # one row in flight, so that the second finds it in L2.
@@ -47,6 +47,17 @@ def load_first_tile(Row, columns, shift, end, DTYPE: tl.constexpr):
 def last_tile_start(end, BLOCK: tl.constexpr):
     """Where the masked last tile begins: a multiple of BLOCK, at least BLOCK."""
     return tl.maximum((end - 1) // BLOCK, 1) * BLOCK
+
+
+@triton.jit
+def shifted_row(D, row, rows_per_batch, stride_b, stride_t, shift, SAME_PHASE: tl.constexpr):
+    """Where a row's tiles begin, `shift` elements before the row; None for None."""
+    Row = D
+    if D is not None:
+        Row = D + row_offset(row, rows_per_batch, stride_b, stride_t) - shift
+        if SAME_PHASE:
+            Row = tl.multiple_of(Row, 16)
+    return Row
 
 
 @triton.jit

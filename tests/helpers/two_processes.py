@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers import grpo as make
 from helpers.tiny import PROMPTS, most_of, save_tiny
 from rlcore.errors import TrainingStopped
-from rlcore.trainers.grpo import GRPOConfig, _update, train_grpo
+from rlcore.trainers.grpo import GRPOConfig, train_grpo, update_policy
 
 # updates that are no loss type's
 VARIANTS = {
@@ -41,7 +41,7 @@ def one_update(directory: Path, loss_type: str) -> dict:
     run = make.make_run(config)
     rank = run.accelerator.process_index
     made = make.experience(old=0.3, ref=0.4).take(torch.arange(4 * rank, 4 * rank + 4))
-    _, metrics = _update(run, 1, made, torch.arange(4))
+    _, metrics = update_policy(run, 1, made, torch.arange(4))
     return {"gradient": make.gradient(run.policy), "metrics": metrics}
 
 
