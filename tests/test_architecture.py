@@ -12,7 +12,6 @@ from test_layers import FLOORS
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 MOST_LINES = 300
-STILL_LONG = {"kernels/triton_backend/categorical_kl.py", "rlcore/bench/run.py"}
 PLACES = "kernels|rlcore|tests|tests_integrations|benchmarks|recipes|examples|docs"
 PATH = re.compile(rf"(?<![\w./-])(?:{PLACES})/(?:[\w.-]+/?)*")
 NAMES = re.compile(r"(?P<indent> *)(?P<names>[\w.]+(?:\.py|/)(?:, [\w.]+\.py)*)")
@@ -99,7 +98,7 @@ def test_a_file_has_at_most_300_lines(half):
         for path in (ROOT / half).rglob("*.py")
         if (lines := len(path.read_text("utf-8").splitlines())) > MOST_LINES
     }
-    assert {name: n for name, n in long.items() if name not in STILL_LONG} == {}
+    assert long == {}
 
 
 def test_the_halves_show_few_entries():

@@ -5,7 +5,6 @@ Lanes hold 16 bytes of a row each, so that a lane's maxima and sums are scalars 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..backend import tl, triton
@@ -272,9 +271,7 @@ def categorical_kl_forward(p_logits, q_logits, mask, temperature):
     """[KL(p || q), max a, log P, max b, log Q], zeros where the mask is false."""
     p_logits, q_logits = with_unit_stride(p_logits), with_unit_stride(q_logits)
     dtype = accumulator_dtype(p_logits, q_logits)
-    results = [
-        torch.empty(p_logits.shape[:-1], dtype=dtype, device=p_logits.device) for _ in range(5)
-    ]
+    results = [p_logits.new_empty(p_logits.shape[:-1], dtype=dtype) for _ in range(5)]
     if results[0].numel():
         categorical_kl_forward_kernel[(results[0].numel(),)](
             p_logits, q_logits, mask, *results, p_logits.shape[-1], *row_strides(p_logits),
