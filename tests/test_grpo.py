@@ -33,8 +33,11 @@ def update(tmp_path, made, **changes):
     return metrics, make.gradient(run.policy)
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """The vectors differ by less than `tolerance` of their length."""
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 3e-5) -> None:
+    """The vectors differ by less than `tolerance` of their length.
+
+    A float32 model's log-probabilities differ between processors by 1e-6, which ratios multiply.
+    """
     assert expected.norm() > 0
     assert (actual - expected).norm() < tolerance * expected.norm()
 
@@ -55,9 +58,8 @@ def test_loss_and_gradient_are_the_formulas(tmp_path, loss_type, policy, options
     options = make.fitting(loss_type, options)
     metrics, gradient = update(tmp_path, made, loss_type=loss_type, **options)
     loss, expected = naive(tmp_path, made, loss_type=loss_type, **options)
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
-    # a product of ratios multiplies their rounding
-    assert_near(gradient, expected, 3e-5 if loss_type == "vespo" else 1e-5)
+    assert metrics["loss"] == pytest.approx(loss, rel=3e-5, abs=1e-6)
+    assert_near(gradient, expected)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "sapo"])
@@ -66,7 +68,7 @@ def test_at_sequence_level_they_are_the_formulas_too(tmp_path, loss_type):
     options = {"loss_type": loss_type, "importance_sampling_level": "sequence", "epsilon": 0.05}
     metrics, gradient = update(tmp_path, made, **options)
     loss, expected = naive(tmp_path, made, **options)
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert metrics["loss"] == pytest.approx(loss, rel=3e-5, abs=1e-6)
     assert_near(gradient, expected)
     _, cut = update(tmp_path, made, **options, **CUTS[1])
     assert_near(cut, gradient, 3e-6)
@@ -79,7 +81,7 @@ def test_the_kl_times_the_ratio_is_the_formulas(tmp_path, policy, level):
     options = {"beta": 0.3, "kl_estimator": "k3_ratio", "importance_sampling_level": level}
     metrics, gradient = update(tmp_path, made, **options)
     loss, expected = naive(tmp_path, made, **options)
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert metrics["loss"] == pytest.approx(loss, rel=3e-5, abs=1e-6)
     assert_near(gradient, expected)
 
 
@@ -101,8 +103,8 @@ def test_any_surrogate_is_a_loss_type_with_its_parameters(tmp_path, options):
     check_grpo_config(make.config(tmp_path, **options), 1)
     metrics, gradient = update(tmp_path, made, **options)
     loss, expected = naive(tmp_path, made, **options)
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
-    assert_near(gradient, expected, 3e-5)
+    assert metrics["loss"] == pytest.approx(loss, rel=3e-5, abs=1e-6)
+    assert_near(gradient, expected)
 
 
 def test_a_registered_surrogate_is_a_loss_type(tmp_path, monkeypatch):
