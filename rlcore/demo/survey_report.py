@@ -108,22 +108,24 @@ def came_out(number: int, count: int, method: Method, end: Measurement) -> str:
 
 
 def against_readme(survey: Survey) -> str:
-    """Which medians are outside README's ranges, in one sentence."""
-    outside = []
+    """The methods whose medians are outside README's ranges, a line each."""
+    lines = []
     for name, method in survey.methods.items():
         ends = [run.curve[-1] for run in survey.outcomes[name]]
-        for what, limits in zip(
-            ("greedy", "sampled"), PUBLISHED.get((method.label, method.judge), ()), strict=False
-        ):
-            value = statistics.median(getattr(end, what) for end in ends)
-            if _is_outside(value, limits):
-                place = f"{method.label} on the {method.judge}, {what}"
-                outside.append(f"{place} {value:.3f} (there {limits[0]:.3f} to {limits[1]:.3f})")
-    if not outside:
+        medians = {
+            what: statistics.median(getattr(end, what) for end in ends)
+            for what in ("greedy", "sampled")
+        }
+        greedy, sampled = beside(method, dataclasses.replace(ends[0], **medians))
+        if "!" in greedy + sampled:
+            lines.append(f"  {method.label}, {method.judge}: greedy {greedy}, sampled {sampled}")
+    if not lines:
         return "All accuracies are within README's ranges."
-    return (
-        f"Outside README's ranges of seeds 0 to 2: {'; '.join(outside)}. Another seed or processor "
-        "goes its own way."
+    return "\n".join(
+        [
+            "Outside README's ranges (seeds 0 to 2, one processor; another goes its own way):",
+            *lines,
+        ]
     )
 
 
