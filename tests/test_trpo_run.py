@@ -18,6 +18,7 @@ from rlcore.errors import TrainingDiverged, UserError
 from rlcore.runs.tracking import read_metrics
 from rlcore.trainers import trpo
 from rlcore.trainers.options.trpo import ADVANTAGES
+from rlcore.trainers.shared import online
 from rlcore.trainers.trpo import TRPOConfig, train_trpo
 
 
@@ -192,13 +193,13 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path, options
 
 
 def test_the_value_model_is_saved_as_it_was_fitted(config, monkeypatch):
-    made, load = [], trpo.load_critic
+    made, load = [], online.load_critic
 
     def spy(*arguments):
         made.append(load(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(trpo, "load_critic", spy)
+    monkeypatch.setattr(online, "load_critic", spy)
     run(config, max_steps=1, **VALUE)
     saved = load_file(Path(config.output_dir) / "value_model" / "model.safetensors")
     fitted = made[0].run.policy.classifier.state_dict()

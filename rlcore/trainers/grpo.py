@@ -20,31 +20,24 @@ import rlcore as rl
 from rlcore.functional.advantages import decoupled_group_advantage, group_advantage
 from rlcore.sampling.rewards import RewardLike
 from rlcore.trainers.options.grpo import GRPOConfig, check_grpo_config, loss_type_of
-from rlcore.trainers.shared.collect import Sampled, collect, note_advantages
-from rlcore.trainers.shared.evaluation import evaluate
+from rlcore.trainers.shared.collect import Sampled, note_advantages
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
-from rlcore.trainers.shared.held_out import HeldOut
-from rlcore.trainers.shared.judging import Judge, make_judge
-from rlcore.trainers.shared.loading import load_prompts
+from rlcore.trainers.shared.given import Given, Unpack
+from rlcore.trainers.shared.judging import Judge
 from rlcore.trainers.shared.masking import masked
-from rlcore.trainers.shared.metrics import Clock, Log, Means
-from rlcore.trainers.shared.order import batch_indices, mix_seed
+from rlcore.trainers.shared.metrics import Means
+from rlcore.trainers.shared.online import prepare_online
 from rlcore.trainers.shared.policies import (
     Policy,
-    as_reference,
     bounded_kl,
     clip_ratios,
     completion_logp,
     counted_items,
-    load_wanted_reference,
     micro_batches,
     shuffled_rows,
 )
-from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
-from rlcore.trainers.shared.samplers import check_sampler, make_sampler
+from rlcore.trainers.shared.run import Result, Run
 from rlcore.trainers.shared.stepping import optimizer_step
-from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["GRPOConfig", "train_grpo"]
 
@@ -70,49 +63,21 @@ def train_grpo(
         UserError: options, data or reward functions that do not work. TrainingDiverged: a loss or
         gradient that is not finite.
     """
-    config = with_objects(config, given)
-    judge = make_judge(config, reward_funcs)
-    check_grpo_config(config, len(judge.functions))
-    accelerator = make_accelerator(config)
-    tokenizer = tokenizer_of(config, given)
-    judge.prepare(tokenizer, accelerator.device)
-    data = load_prompts(config, tokenizer, judge)
-    rows, held_out = data.train, data.held_out
-    model = policy_of(config, dropout=False)
-    check_sampler(config, model)
-    reference = load_wanted_reference(config, tokenizer)
-    data.check_models(tokenizer, model, reference)
-    prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
-    updates = config.updates_per_batch  # optimizer steps that it serves
-    steps = total_steps(config, len(rows), prompts / updates)
-    run = start_run(config, accelerator, model, tokenizer, steps, data=rows, notes=data.notes)
-    run.sampler = make_sampler(run)
-    reference = as_reference(run, reference)
-    with tracking(run, given, "GRPO", DISPLAYED) as tracker:
-        log, clock, step = Log(run, tracker), Clock(), run.first_step
-        held = HeldOut(run, log, clock, held_out, lambda some: evaluate(run, some, judge))
+    online = prepare_online(config, reward_funcs, given, check_grpo_config)
+    run, step = online.run, online.run.first_step
+    with online.started("GRPO", DISPLAYED):
         while step < run.total_steps:
-            number = step // updates
-            chosen = rows[batch_indices(len(rows), prompts, number, config.seed)]
-            seed = mix_seed(config.seed, number)
-            sampled = collect(run, chosen, judge, seed)
-            experience = _with_other_policies(run, sampled.experience, reference)
-            advantage = _advantage(config, judge, sampled)
+            number = step // online.updates
+            sampled = online.sample(number)
+            experience = _with_other_policies(run, sampled.experience, online.reference)
+            advantage = _advantage(run.config, online.judge, sampled)
             experience = dataclasses.replace(experience, advantage=sampled.mine(advantage))
             note_advantages(run, experience.advantage)
-            tokens = sampled.metrics.pop("tokens")
-            for trained in _updates(run, step, experience, seed):
+            for trained in _updates(run, step, experience, online.seed(number)):
                 step += 1
-                metrics = (
-                    sampled.metrics | trained | clock.lap(tokens) | {"num_tokens": run.num_tokens}
-                )
-                metrics["epoch"] = step / updates * prompts / len(rows)
-                log.add(step, metrics)
-                held.after(step)
-                tokens = 0
-            # Between generation batches alone, so that a resumed run starts with a fresh one.
-            save_if_due(run, step, updates)
-        return finish_run(run, log)
+                online.log(step, sampled, trained)
+            online.save(step)
+        return online.finish()
 
 
 def _advantage(config: GRPOConfig, judge: Judge, sampled: Sampled) -> torch.Tensor:

@@ -20,38 +20,29 @@ import rlcore as rl
 from rlcore.functional.advantages import leave_one_out_advantage
 from rlcore.sampling.rewards import RewardLike
 from rlcore.trainers.options.pg import PGConfig, RLOOConfig, check_pg_config
-from rlcore.trainers.shared.collect import Sampled, collect
+from rlcore.trainers.shared.collect import Sampled
 from rlcore.trainers.shared.credit import everywhere, judged_only, mine, token_reward, whitened
 from rlcore.trainers.shared.critic import (
     Critic,
     actor_critic_step,
     clipped_value_loss,
     explained_variance,
-    load_critic,
     predict_values,
     value_step,
 )
-from rlcore.trainers.shared.evaluation import evaluate
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
-from rlcore.trainers.shared.held_out import HeldOut
-from rlcore.trainers.shared.judging import make_judge
-from rlcore.trainers.shared.loading import load_prompts
-from rlcore.trainers.shared.metrics import Clock, Log, Means
-from rlcore.trainers.shared.order import batch_indices, mix_seed
+from rlcore.trainers.shared.given import Given, Unpack
+from rlcore.trainers.shared.metrics import Means
+from rlcore.trainers.shared.online import prepare_online
 from rlcore.trainers.shared.policies import (
     Policy,
-    as_reference,
     bounded_kl,
     completion_logp,
     counted_items,
-    load_wanted_reference,
     micro_batches,
 )
-from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
-from rlcore.trainers.shared.samplers import check_sampler, make_sampler
+from rlcore.trainers.shared.run import Result, Run
 from rlcore.trainers.shared.stepping import optimizer_step
-from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["PGConfig", "RLOOConfig", "train_pg"]
 
@@ -77,48 +68,17 @@ def train_pg(
         UserError: options, data, models or reward functions that do not work. TrainingDiverged: a
         loss or gradient that is not finite.
     """
-    config = with_objects(config, given)
-    judge = make_judge(config, reward_funcs)
-    check_pg_config(config, len(judge.functions))
-    accelerator = make_accelerator(config)
-    tokenizer = tokenizer_of(config, given)
-    judge.prepare(tokenizer, accelerator.device)
-    data = load_prompts(config, tokenizer, judge)
-    rows, held_out = data.train, data.held_out
-    model = policy_of(config, dropout=False)
-    check_sampler(config, model)
-    critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
-    reference = load_wanted_reference(config, tokenizer)
-    data.check_models(tokenizer, model, critic and critic.model, reference)
-    prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
-    steps = total_steps(config, len(rows), prompts)
-    run = start_run(
-        config,
-        accelerator,
-        model,
-        tokenizer,
-        steps,
-        critic and critic.prepare,
-        data=rows,
-        notes=data.notes,
-    )
-    run.sampler = make_sampler(run)
-    reference = as_reference(run, reference)
-    with tracking(run, given, "PG", DISPLAYED) as tracker:
-        log, clock = Log(run, tracker), Clock()
-        held = HeldOut(run, log, clock, held_out, lambda some: evaluate(run, some, judge))
+    value = config.baseline == "value"
+    online = prepare_online(config, reward_funcs, given, check_pg_config, critic=value)
+    run = online.run
+    with online.started("PG", DISPLAYED):
         for step in run.steps():
-            chosen = rows[batch_indices(len(rows), prompts, step - 1, config.seed)]
-            sampled = collect(run, chosen, judge, mix_seed(config.seed, step - 1))
-            experience = _experience(run, critic, reference, sampled)
-            trained = _update(run, critic, step, experience)
-            tokens = sampled.metrics.pop("tokens")
-            metrics = sampled.metrics | trained | clock.lap(tokens)
-            metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
-            log.add(step, metrics)
-            held.after(step)
-            save_if_due(run, step)
-        return finish_run(run, log, critic and critic.save)
+            sampled = online.sample(step - 1)
+            experience = _experience(run, online.critic, online.reference, sampled)
+            trained = _update(run, online.critic, step, experience)
+            online.log(step, sampled, trained)
+            online.save(step)
+        return online.finish()
 
 
 def _experience(

@@ -23,28 +23,21 @@ from rlcore.functional.kl_control import ppo_kl_coef, proportional_kl_coef
 from rlcore.sampling.rewards import RewardLike
 from rlcore.trainers.options.ppo import PPOConfig, check_ppo_config
 from rlcore.trainers.ppo_update import update, warm_up
-from rlcore.trainers.shared.collect import Sampled, collect
+from rlcore.trainers.shared.collect import Sampled
 from rlcore.trainers.shared.credit import judged_only, objective_metrics, token_reward, whitened
-from rlcore.trainers.shared.critic import Critic, explained_variance, load_critic, predict_values
+from rlcore.trainers.shared.critic import Critic, explained_variance, predict_values
 from rlcore.trainers.shared.divergence import require_finite
-from rlcore.trainers.shared.evaluation import evaluate
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
-from rlcore.trainers.shared.held_out import HeldOut
-from rlcore.trainers.shared.judging import make_judge
-from rlcore.trainers.shared.loading import load_prompts
-from rlcore.trainers.shared.metrics import Clock, Log, Means
-from rlcore.trainers.shared.order import batch_indices, mix_seed, summed
+from rlcore.trainers.shared.given import Given, Unpack
+from rlcore.trainers.shared.metrics import Means
+from rlcore.trainers.shared.online import prepare_online
+from rlcore.trainers.shared.order import mix_seed, summed
 from rlcore.trainers.shared.policies import (
     Policy,
-    as_reference,
     completion_logp,
-    load_wanted_reference,
     shuffled_rows,
 )
-from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
-from rlcore.trainers.shared.samplers import check_sampler, make_sampler
-from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
+from rlcore.trainers.shared.run import Result, Run
 
 __all__ = ["PPOConfig", "train_ppo"]
 
@@ -70,48 +63,25 @@ def train_ppo(
         UserError: options, data, models or reward functions that do not work. TrainingDiverged: a
         loss or gradient that is not finite.
     """
-    config = with_objects(config, given)
-    judge = make_judge(config, reward_funcs)
-    check_ppo_config(config, len(judge.functions))
-    accelerator = make_accelerator(config)
-    tokenizer = tokenizer_of(config, given)
-    judge.prepare(tokenizer, accelerator.device)
-    data = load_prompts(config, tokenizer, judge)
-    rows, held_out = data.train, data.held_out
-    model = policy_of(config, dropout=False)
-    check_sampler(config, model)
-    critic = load_critic(config, model, tokenizer)
-    reference = load_wanted_reference(config, tokenizer)
-    data.check_models(tokenizer, model, critic.model, reference)
-    prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
-    steps = total_steps(config, len(rows), prompts)
-
-    def prepare(run: Run) -> None:
-        run.coefficients = {"kl_coef": config.kl_coef, "penalty_coef": config.penalty_coef}
-        critic.prepare(run)
-
-    run = start_run(
-        config, accelerator, model, tokenizer, steps, prepare, data=rows, notes=data.notes
+    online = prepare_online(
+        config, reward_funcs, given, check_ppo_config, critic=True, prepare=_set_coefficients
     )
-    run.sampler = make_sampler(run)
-    reference = as_reference(run, reference)
-    with tracking(run, given, "PPO", DISPLAYED) as tracker:
-        log, clock = Log(run, tracker), Clock()
-        held = HeldOut(run, log, clock, held_out, lambda some: evaluate(run, some, judge))
+    run, critic = online.run, online.critic
+    with online.started("PPO", DISPLAYED):
         for step in run.steps():
-            chosen = rows[batch_indices(len(rows), prompts, step - 1, config.seed)]
-            seed = mix_seed(config.seed, step - 1)
-            sampled = collect(run, chosen, judge, seed)
-            experience, objective = _experience(run, critic, reference, sampled)
-            trained = _train(run, critic, step, experience, seed)
+            sampled = online.sample(step - 1)
+            experience, objective = _experience(run, critic, online.reference, sampled)
+            trained = _train(run, critic, step, experience, online.seed(step - 1))
             _adapt(run, step, experience, objective)
-            tokens = sampled.metrics.pop("tokens")
-            metrics = sampled.metrics | objective | trained | clock.lap(tokens)
-            metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
-            log.add(step, metrics)
-            held.after(step)
-            save_if_due(run, step)
-        return finish_run(run, log, critic.save)
+            online.log(step, sampled, objective | trained)
+            online.save(step)
+        return online.finish()
+
+
+def _set_coefficients(run: Run) -> None:
+    """Those that go with the KL; a checkpoint holds them."""
+    config = run.config
+    run.coefficients = {"kl_coef": config.kl_coef, "penalty_coef": config.penalty_coef}
 
 
 def _experience(

@@ -22,24 +22,19 @@ from rlcore.models.forward import CompletionLogits
 from rlcore.sampling.rewards import RewardLike
 from rlcore.trainers.options.schedules import learning_rate_scale
 from rlcore.trainers.options.trpo import ADVANTAGES, TRPOConfig, check_trpo_config
-from rlcore.trainers.shared.collect import Sampled, collect
+from rlcore.trainers.shared.collect import Sampled
 from rlcore.trainers.shared.credit import judged_only, token_reward
 from rlcore.trainers.shared.critic import (
     Critic,
     clipped_value_loss,
     explained_variance,
-    load_critic,
     predict_values,
     value_step,
 )
 from rlcore.trainers.shared.divergence import require_finite
-from rlcore.trainers.shared.evaluation import evaluate
 from rlcore.trainers.shared.experience import Experience
-from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
-from rlcore.trainers.shared.held_out import HeldOut
-from rlcore.trainers.shared.judging import make_judge
-from rlcore.trainers.shared.loading import load_prompts
-from rlcore.trainers.shared.metrics import Clock, Log, Means
+from rlcore.trainers.shared.given import Given, Unpack
+from rlcore.trainers.shared.metrics import Means
 from rlcore.trainers.shared.natural_gradient import (
     Fisher,
     Policy,
@@ -48,11 +43,10 @@ from rlcore.trainers.shared.natural_gradient import (
     search_step,
     supports_forward_ad,
 )
-from rlcore.trainers.shared.order import batch_indices, mix_seed, summed
+from rlcore.trainers.shared.online import prepare_online
+from rlcore.trainers.shared.order import mix_seed, summed
 from rlcore.trainers.shared.policies import counted_items, micro_batches
-from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
-from rlcore.trainers.shared.samplers import check_sampler, make_sampler
-from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
+from rlcore.trainers.shared.run import Result, Run
 
 __all__ = ["TRPOConfig", "train_trpo"]
 
@@ -78,48 +72,23 @@ def train_trpo(
         UserError: options, data, models or reward functions that do not work. TrainingDiverged: a
         loss or gradient that is not finite.
     """
-    config = with_objects(config, given)
-    judge = make_judge(config, reward_funcs)
-    check_trpo_config(config, len(judge.functions))
-    accelerator = make_accelerator(config)
-    tokenizer = tokenizer_of(config, given)
-    judge.prepare(tokenizer, accelerator.device)
-    data = load_prompts(config, tokenizer, judge)
-    rows, held_out = data.train, data.held_out
-    model = policy_of(config, dropout=False)
-    check_sampler(config, model)
-    critic = load_critic(config, model, tokenizer) if config.baseline == "value" else None
-    data.check_models(tokenizer, model, critic and critic.model)
-    prompts = config.prompts_per_process * accelerator.num_processes  # in a generation batch
-    steps = total_steps(config, len(rows), prompts)
-
-    def prepare(run: Run) -> None:
-        _freeze_others(run)
-        if critic is not None:
-            critic.prepare(run)
-
-    how = {"data": rows, "notes": data.notes}
-    run = start_run(config, accelerator, model, tokenizer, steps, prepare, **how)
-    run.sampler = make_sampler(run)
+    value = config.baseline == "value"
+    online = prepare_online(
+        config, reward_funcs, given, check_trpo_config,
+        critic=value, reference=False, prepare=_freeze_others,
+    )  # fmt: skip
+    run, critic = online.run, online.critic
     policy = _policy(run)
-    with tracking(run, given, "TRPO", DISPLAYED) as tracker:
-        log, clock = Log(run, tracker), Clock()
-        held = HeldOut(run, log, clock, held_out, lambda some: evaluate(run, some, judge))
+    with online.started("TRPO", DISPLAYED):
         for step in run.steps():
-            chosen = rows[batch_indices(len(rows), prompts, step - 1, config.seed)]
-            seed = mix_seed(config.seed, step - 1)
-            sampled = collect(run, chosen, judge, seed)
+            sampled = online.sample(step - 1)
             experience = _experience(run, critic, sampled)
-            trained = _update(run, step, policy, experience, seed)
+            trained = _update(run, step, policy, experience, online.seed(step - 1))
             if critic is not None:
                 trained |= _fit_values(run, critic, step, experience)
-            tokens = sampled.metrics.pop("tokens")
-            metrics = sampled.metrics | trained | clock.lap(tokens)
-            metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
-            log.add(step, metrics)
-            held.after(step)
-            save_if_due(run, step)
-        return finish_run(run, log, critic and critic.save)
+            online.log(step, sampled, trained)
+            online.save(step)
+        return online.finish()
 
 
 def _freeze_others(run: Run) -> None:
