@@ -66,7 +66,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Parameters:
-    """The numbers in the formulas."""
+    """The numbers in the formulas: arguments of every preference loss, by these names."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -75,6 +75,7 @@ class Parameters:
     cpo_alpha: float = 1.0
 
 
+POSITIVE = ("beta", "discopop_tau")  # of the parameters
 Formula = Callable[[Pairs, Parameters], Tensor]
 # (chosen, rejected, a, b, alpha) -> a score(chosen) - b score(rejected)
 
@@ -88,6 +89,7 @@ class PreferenceFormula:
     uses_lengths: bool = False
     uses_scores: bool = False  # an f-divergence other than the reverse KL changes it
     couples_pairs: bool = False  # a pair's loss depends on the others
+    smooths: bool = False  # takes label_smoothing
     averages: bool = False  # without a reference: the reward is the mean over tokens, not the sum
 
 
@@ -243,23 +245,25 @@ def sft(pairs: Pairs, p: Parameters) -> Tensor:
 
 
 PREFERENCE_LOSSES = {
-    "sigmoid": PreferenceFormula(sigmoid, uses_scores=True),
+    "sigmoid": PreferenceFormula(sigmoid, uses_scores=True, smooths=True),
     "sigmoid_norm": PreferenceFormula(sigmoid_norm, uses_scores=True, uses_lengths=True),
     "ipo": PreferenceFormula(ipo, uses_scores=True),
     "ipo_avg": PreferenceFormula(ipo_avg, uses_scores=True, uses_lengths=True),
     "hinge": PreferenceFormula(hinge, uses_scores=True),
-    "robust": PreferenceFormula(robust, uses_scores=True),
-    "exo_pair": PreferenceFormula(exo_pair, uses_scores=True),
+    "robust": PreferenceFormula(robust, uses_scores=True, smooths=True),
+    "exo_pair": PreferenceFormula(exo_pair, uses_scores=True, smooths=True),
     "nca_pair": PreferenceFormula(nca_pair),
     "bco_pair": PreferenceFormula(bco_pair),
     "sppo_hard": PreferenceFormula(sppo_hard),
-    "aot": PreferenceFormula(aot, couples_pairs=True),
-    "aot_unpaired": PreferenceFormula(aot_unpaired, couples_pairs=True),
+    "aot": PreferenceFormula(aot, couples_pairs=True, smooths=True),
+    "aot_unpaired": PreferenceFormula(aot_unpaired, couples_pairs=True, smooths=True),
     "apo_zero": PreferenceFormula(apo_zero),
     "apo_down": PreferenceFormula(apo_down),
     "discopop": PreferenceFormula(discopop, uses_scores=True),
-    "simpo": PreferenceFormula(simpo, uses_reference=False, uses_lengths=True, averages=True),
-    "cpo": PreferenceFormula(cpo, uses_reference=False, uses_lengths=True),
+    "simpo": PreferenceFormula(
+        simpo, uses_reference=False, uses_lengths=True, smooths=True, averages=True
+    ),
+    "cpo": PreferenceFormula(cpo, uses_reference=False, uses_lengths=True, smooths=True),
     "orpo": PreferenceFormula(orpo, uses_reference=False, uses_lengths=True, averages=True),
     "sft": PreferenceFormula(sft, uses_reference=False, uses_lengths=True),
 }

@@ -11,7 +11,7 @@ loss couples the pairs, logp comes from `linear_token_logprob`, by its plan.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..backend import resolve_backend
 from ..blocks import RowGradients, statistics_dtype, without_autocast
 from ..checks import check_rows, check_targets_in_range, checks_types
+from ..formulas.pair_losses import Parameters
 from ..implementation import implementation
 from ..pairs.answers import Answers, beyond_shorter, summed, wpo_weight
 from ..pairs.preference_loss import PreferenceLoss, PreferenceOptions, preference_options
@@ -34,7 +35,7 @@ from .token_passes import kept_gradients, softmaxes_of
 from .tokens import is_plain, needs_of, prepared_token_logprob
 
 
-@checks_types
+@checks_types(options=Parameters, defaults=asdict(Parameters()))
 def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -52,17 +53,13 @@ def linear_preference_loss(
     ref_bias: Tensor | None = None,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
-    discopop_tau: float = 0.05,
-    simpo_gamma: float = 0.5,
-    cpo_alpha: float = 1.0,
     use_weighting: bool = False,
     ld_alpha: float | None = None,
     num_items: int | float | Tensor | None = None,
     backend: str | None = None,
+    **parameters: float,
 ) -> PreferenceLoss:
     """`preference_loss` of a head's logits, from its input, without the logits.
 
@@ -93,10 +90,8 @@ def linear_preference_loss(
             ref_logp and ref_hidden both given, or neither where the loss has a reference.
     """
     options = preference_options(
-        loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, beta=beta,
-        label_smoothing=label_smoothing, discopop_tau=discopop_tau, simpo_gamma=simpo_gamma,
-        cpo_alpha=cpo_alpha,
-    )  # fmt: skip
+        loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, **parameters
+    )
     _check_rows_are_pairs(
         hidden, target, mask, ref_logp, ref_hidden, ref_weight, options, temperature
     )

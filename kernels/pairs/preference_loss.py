@@ -8,7 +8,7 @@ The formulas stand in formulas/pair_losses.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from ..checks import (
     checks_types,
 )
 from ..formulas.f_divergences import F_DIVERGENCES
-from ..formulas.pair_losses import PREFERENCE_LOSSES, Pairs, Parameters
+from ..formulas.pair_losses import POSITIVE, PREFERENCE_LOSSES, Pairs, Parameters
 from ..limits import FARTHEST, held, log_ratio, times
 
 
@@ -131,13 +131,12 @@ def _several(name: str, values: Sequence) -> tuple:
 
 
 def _check_parameters(names: tuple[str, ...], parameters: Parameters) -> None:
-    check_positive(beta=parameters.beta, discopop_tau=parameters.discopop_tau)
+    check_positive(**{name: getattr(parameters, name) for name in POSITIVE})
     smoothing = parameters.label_smoothing
     limit = 0.5 if "robust" in names else 1.0
     if not 0 <= smoothing < limit:
         raise ValueError(f"label_smoothing must be in [0, {limit}), got {smoothing}")
-    smoothed = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo"}
-    if smoothing and not smoothed & set(names):
+    if smoothing and not any(PREFERENCE_LOSSES[name].smooths for name in names):
         raise ValueError(f"label_smoothing has no part in loss_type {', '.join(names)}: leave it 0")
 
 
@@ -177,7 +176,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@checks_types
+@checks_types(options=Parameters, defaults=asdict(Parameters()))
 def preference_loss(
     chosen_logp: Tensor,
     rejected_logp: Tensor,
@@ -186,17 +185,13 @@ def preference_loss(
     *,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
     chosen_length: Tensor | None = None,
     rejected_length: Tensor | None = None,
     pair_weight: Tensor | None = None,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
-    discopop_tau: float = 0.05,
-    simpo_gamma: float = 0.5,
-    cpo_alpha: float = 1.0,
     num_items: int | float | Tensor | None = None,
+    **parameters: float,
 ) -> PreferenceLoss:
     """DPO and its relatives: how much a policy prefers the chosen to the rejected answers.
 
@@ -230,10 +225,8 @@ def preference_loss(
             or a length that is missing or has no meaning.
     """
     options = preference_options(
-        loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, beta=beta,
-        label_smoothing=label_smoothing, discopop_tau=discopop_tau, simpo_gamma=simpo_gamma,
-        cpo_alpha=cpo_alpha,
-    )  # fmt: skip
+        loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, **parameters
+    )
     given = {
         "rejected_logp": rejected_logp,
         "ref_chosen_logp": ref_chosen_logp,

@@ -224,16 +224,12 @@ def _loss(run: Run, batch: PairBatch, reference: Policy | None) -> rl.Preference
             ref_logp,
             loss_type=config.loss_type,
             loss_weights=config.loss_weights,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
             f_divergence_type=config.f_divergence_type,
             f_alpha_divergence_coef=config.f_alpha_divergence_coef,
-            discopop_tau=config.discopop_tau,
-            simpo_gamma=config.simpo_gamma,
-            cpo_alpha=config.cpo_alpha,
             use_weighting=config.use_weighting,
             ld_alpha=config.ld_alpha,
             temperature=config.temperature,
+            **config.parameters,
         )
 
 

@@ -18,6 +18,7 @@ import torch
 
 import rlcore as rl
 from rlcore.functional.advantages import decoupled_group_advantage, group_advantage
+from rlcore.kernels.rows.policy_inputs import DEFAULTS
 from rlcore.sampling.rewards import RewardLike
 from rlcore.trainers.options.grpo import GRPOConfig, check_grpo_config, loss_type_of
 from rlcore.trainers.shared.collect import Sampled, note_advantages
@@ -156,19 +157,12 @@ def _num_items(run: Run, mask: torch.Tensor) -> float:
 def surrogate_loss(run: Run, part: Experience, num_items: float) -> rl.PolicyLoss:
     config = run.config
     loss_type = loss_type_of(config.loss_type)
-    options = dict(
+    named = {name: getattr(config, name) for name in DEFAULTS if hasattr(config, name)}
+    options = named | dict(
         old_logp=part.old_logp if config.surrogate.has_ratio else None,
         ref_logp=part.ref_logp,
         importance_sampling_ratio=part.importance_ratio,
         surrogate=loss_type.surrogate,
-        surrogate_params=config.surrogate_params,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-        delta=config.delta,
-        beta=config.beta,
-        kl_estimator=config.kl_estimator,
-        entropy_coef=config.entropy_coef,
-        temperature=config.temperature,
         importance_sampling_level=config.level,
         loss_agg_mode=loss_type.loss_agg_mode,
         num_items=num_items,

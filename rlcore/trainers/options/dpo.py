@@ -60,6 +60,13 @@ class DPOConfig(SamplingConfig):
         return "none"
 
     @property
+    def parameters(self) -> dict[str, float]:
+        """The numbers in the loss, by their names there."""
+        from rlcore.kernels.formulas.pair_losses import Parameters
+
+        return {each.name: getattr(self, each.name) for each in fields(Parameters)}
+
+    @property
     def wants_reference(self) -> bool:
         from rlcore.kernels.formulas.pair_losses import PREFERENCE_LOSSES
 
@@ -96,14 +103,13 @@ def check_dpo_config(config: DPOConfig, reward_count: int) -> None:
 def _check_loss(config: DPOConfig) -> None:
     from rlcore.kernels.pairs.preference_loss import preference_options
 
-    parameters = ("beta", "label_smoothing", "discopop_tau", "simpo_gamma", "cpo_alpha")
     try:
         preference_options(
             config.loss_type,
             config.loss_weights,
             config.f_divergence_type,
             config.f_alpha_divergence_coef,
-            **{name: getattr(config, name) for name in parameters},
+            **config.parameters,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
