@@ -24,6 +24,7 @@ from rlcore.runs.output_dir import check_output_dir, claimed, file_of_run, last_
 from rlcore.runs.resuming import INPUTS
 from rlcore.runs.run_record import note_start, note_written
 from rlcore.runs.tracking import Tracker, read_metrics
+from rlcore.trainers.distill import DistillConfig, train_distill
 from rlcore.trainers.grpo import train_grpo
 from rlcore.trainers.ppo import PPOConfig, train_ppo
 from rlcore.trainers.sft import train_sft
@@ -79,9 +80,12 @@ def test_an_output_directory_around_an_input_is_refused_and_the_input_is_untouch
     if "dataset" in name:
         given = write_rows(Path(place) / "rows.jsonl")
     before = content(tmp_path)
-    config = ppo_config(tmp_path, **{name: given}, overwrite_output_dir=True)
+    train, made = (train_ppo, ppo_config(tmp_path, overwrite_output_dir=True))
+    if name == "teacher":
+        own = {"model": made.model, "dataset": made.dataset, "output_dir": made.output_dir}
+        train, made = train_distill, DistillConfig(**own, overwrite_output_dir=True)
     with pytest.raises(UserError, match=f"^{name} .* lies in output_dir"):
-        train_ppo(config)
+        train(dataclasses.replace(made, **{name: given}))
     assert content(tmp_path) == before
 
 
