@@ -254,3 +254,14 @@ def test_mistakes_are_told_before_anything_is_written(config):
     with pytest.raises(UserError, match="no reward"):
         train_ppo(config)
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_a_step_is_a_generation_batch_whatever_the_mini_batches(config, mini_batches):
+    options = {"num_mini_batches": mini_batches, "per_device_train_batch_size": 4 // mini_batches}
+    config = dataclasses.replace(config, max_steps=-1, num_train_epochs=2, save_steps=3, **options)
+    assert config.prompts_per_process == 4
+    train_ppo(config, reward_funcs=digits)
+    steps = [row for row in lines(config) if "epoch" in row]
+    assert [(row["step"], row["epoch"]) for row in steps] == [(1, 0.5), (2, 1), (3, 1.5), (4, 2)]
+    assert (Path(config.output_dir) / "checkpoint-3").is_dir()

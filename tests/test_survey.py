@@ -132,7 +132,7 @@ def test_every_method_learns_from_as_many_samples(name, tmp_path):
     start = survey.Start(paths, tmp_path, arithmetic.pair_paths(tmp_path), tmp_path)
     config = METHODS[name].recipe(start, tmp_path / name, 3)
     assert config.seed == 3 and config.model == str(start.sft)
-    batches = config.max_steps / config.updates_per_batch
+    batches = config.max_steps / config.steps_per_batch
     assert batches * config.completions_per_process == SAMPLES
 
 

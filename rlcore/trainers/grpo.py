@@ -68,7 +68,7 @@ def train_grpo(
     run, step = online.run, online.run.first_step
     with online.started("GRPO", DISPLAYED):
         while step < run.total_steps:
-            number = step // online.updates
+            number = step // online.steps
             sampled = online.sample(number)
             experience = _with_other_policies(run, sampled.experience, online.reference)
             advantage = _advantage(run.config, online.judge, sampled)

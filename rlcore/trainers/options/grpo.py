@@ -110,8 +110,7 @@ class GRPOConfig(SamplingConfig):
         return self.micro_steps // self.gradient_accumulation_steps
 
     @property
-    def updates_per_batch(self) -> int:
-        """Optimizer steps that a generation batch serves."""
+    def steps_per_batch(self) -> int:
         return self.num_iterations * self.updates_per_pass
 
     @property
@@ -168,7 +167,7 @@ def check_grpo_config(config: GRPOConfig, reward_count: int) -> None:
             *("scale_rewards", "normalize_rewards", "missing_eos_penalty"),
         )
     _check_surrogate(config)
-    if config.masks_ratios and config.sampler == "local" and config.updates_per_batch == 1:
+    if config.masks_ratios and config.sampler == "local" and config.steps_per_batch == 1:
         raise UserError(
             "off_policy_mask_threshold and second_moment_threshold leave nothing out where a batch "
             "serves one step of the policy that sampled it: set num_iterations or "

@@ -79,9 +79,9 @@ class SamplingConfig(RewardConfig, TrainConfig):
         return 1
 
     @property
-    def updates_per_batch(self) -> int:
-        """Optimizer steps that a generation batch serves."""
-        return self.updates_per_pass
+    def steps_per_batch(self) -> int:
+        """Steps of the run, as max_steps counts them, that a generation batch serves."""
+        return 1
 
     @property
     def micro_steps(self) -> int:

@@ -45,7 +45,7 @@ class Online:
     reference: Policy | None
     given: Given
     prompts: int  # of all processes, in a generation batch
-    updates: int  # optimizer steps that it serves
+    steps: int  # of the run, that it serves
     _log: Log = field(init=False)
     _clock: Clock = field(init=False)
     _held: HeldOut = field(init=False)
@@ -73,7 +73,7 @@ class Online:
         return collect(self.run, chosen, self.judge, self.seed(number))
 
     def log(self, step: int, sampled: Sampled, trained: Mapping[str, float]) -> None:
-        """Log an optimizer step, measure and save where it is time to.
+        """Log a step, measure and save where it is time to.
 
         A batch's tokens count in its first step; it is saved after its last one alone, so that a
         resumed run starts with a fresh batch.
@@ -82,13 +82,13 @@ class Online:
         tokens = metrics.pop("tokens")
         sampled.metrics["tokens"] = 0
         metrics |= {**trained, **self._clock.lap(tokens), "num_tokens": run.num_tokens}
-        metrics["epoch"] = step / self.updates * self.prompts / len(self.data.train)
+        metrics["epoch"] = step / self.steps * self.prompts / len(self.data.train)
         self._log.add(step, metrics)
         self._held.after(step)
 
     def save(self, step: int) -> None:
         """A checkpoint after a generation batch, where one is due."""
-        save_if_due(self.run, step, self.updates)
+        save_if_due(self.run, step, self.steps)
 
     def finish(self) -> Result:
         return finish_run(self.run, self._log, self.critic and self.critic.save)
@@ -125,8 +125,7 @@ def prepare_online(
     frozen = load_wanted_reference(config, tokenizer) if reference else None
     data.check_models(tokenizer, model, values and values.model, frozen)
     prompts = config.prompts_per_process * accelerator.num_processes
-    updates = config.updates_per_batch
-    steps = total_steps(config, len(data.train), prompts / updates)
+    total = total_steps(config, len(data.train), prompts / config.steps_per_batch)
 
     def prepared(run: Run) -> None:
         for each in (prepare, values and values.prepare):
@@ -134,8 +133,8 @@ def prepare_online(
                 each(run)
 
     run = start_run(
-        config, accelerator, model, tokenizer, steps, prepared, data=data.train, notes=data.notes
+        config, accelerator, model, tokenizer, total, prepared, data=data.train, notes=data.notes
     )
     run.sampler = make_sampler(run)
     policy = as_reference(run, frozen) if reference else None
-    return Online(run, judge, data, values, policy, given, prompts, updates)
+    return Online(run, judge, data, values, policy, given, prompts, config.steps_per_batch)
