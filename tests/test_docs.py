@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import textwrap
 from pathlib import Path
 
+import pytest
 import yaml
 
 import rlcore
 from rlcore.commands.table import COMMANDS
+from rlcore.runs.aliases import ALIASES
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("gather", ROOT / "docs" / "gather.py")
 pages = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(pages)
+
+
+BESIDE = {"peft", "config"}  # options that a page tells of another command
 
 
 def anchors(page: Path) -> set[str]:
@@ -49,6 +55,22 @@ def test_options_and_functions_are_those_of_the_code():
     assert "`num_generations`" in trainers
     assert all(f".{name}\n" in functions for name in rlcore._HOMES)
     assert "1707.06347" in pages.papers()
+
+
+@pytest.mark.parametrize("name", ["pg", "trpo", "ppo", "grpo", "distill"])
+def test_a_trainers_page_names_options_and_metrics_that_there_are(name):
+    page = (ROOT / "docs" / f"{dict(distill='distillation').get(name, name)}.md").read_text("utf-8")
+    command = COMMANDS[f"train {name}"]
+    config = getattr(importlib.import_module(command.module), command.config)
+    options = {field.name for field in dataclasses.fields(config)} | ALIASES.keys()
+    named = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9_-]+)", page)}
+    assert named
+    assert {flag for flag in named if flag.removeprefix("no_") not in options} <= BESIDE
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "rlcore").rglob("*.py"))
+    metrics = set(re.findall(r"`([a-z]+/[a-z_]+)`", page)) - {"rlcore/trainers"}
+    parts = {metric for metric in metrics if metric not in source}
+    # TRL's objective/... are put together from their last words
+    assert {part for part in parts if f'"{part.partition("/")[2]}"' not in source} == set()
 
 
 def test_the_first_loss_of_the_first_steps_runs():
