@@ -21,7 +21,7 @@ pages = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(pages)
 
 
-BESIDE = {"peft", "config"}  # options that a page tells of another command
+BESIDE = {"peft", "config", "reward_model", "reward_weights"}  # options that a page tells of another command
 
 
 def anchors(page: Path) -> set[str]:
@@ -57,7 +57,7 @@ def test_options_and_functions_are_those_of_the_code():
     assert "1707.06347" in pages.papers()
 
 
-@pytest.mark.parametrize("name", ["pg", "trpo", "ppo", "grpo", "distill"])
+@pytest.mark.parametrize("name", ["sft", "reward_model", "pg", "trpo", "ppo", "grpo", "distill"])
 def test_a_trainers_page_names_options_and_metrics_that_there_are(name):
     page = (ROOT / "docs" / f"{dict(distill='distillation').get(name, name)}.md").read_text("utf-8")
     command = COMMANDS[f"train {name}"]
