@@ -68,6 +68,8 @@ def checks_types(
 
     if options is not None:
         checked.__signature__ = _listing(inspect.signature(function), annotations, defaults)
+        named = [*checked.__signature__.parameters, "return"]
+        checked.__annotations__ = {name: annotations[name] for name in named}
     return checked
 
 

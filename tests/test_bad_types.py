@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import typing
 
 import numpy as np
 import pytest
@@ -167,6 +168,14 @@ def test_a_wrong_argument_is_named(function):
             else:
                 unnamed.append(f"{name} {description}: accepted")
     assert not unnamed, "\n".join(unnamed)
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_signature_and_annotations_name_every_argument(function):
+    call = getattr(rl, function)
+    parameters = inspect.signature(call).parameters
+    assert GOOD[function].keys() <= parameters.keys()
+    assert typing.get_type_hints(call).keys() - {"return"} == parameters.keys()
 
 
 def test_a_numpy_count_is_a_number():

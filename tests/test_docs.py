@@ -21,7 +21,8 @@ pages = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(pages)
 
 
-BESIDE = {"peft", "config", "reward_model", "reward_weights"}  # options that a page tells of another command
+# options that a page tells of another command
+BESIDE = {"peft", "config", "reward_model", "reward_weights"}
 
 
 def anchors(page: Path) -> set[str]:

@@ -203,16 +203,16 @@ def preference_loss(
         loss_type: a key of PREFERENCE_LOSSES, or several, which are added up. "ipo" is the paper's
             (sums), "ipo_avg" TRL's (means over tokens).
         loss_weights: one for each loss type; None = 1 each.
-        beta: positive; the larger, the closer to the reference. IPO's tau.
+        beta: positive, 0.1; the larger, the closer to the reference. IPO's tau.
         label_smoothing: share of pairs taken to be the wrong way round, in [0, 1) (below 0.5 for
-            "robust"); 0 means 1e-3 to "exo_pair".
+            "robust"); 0, the default, means 1e-3 to "exo_pair".
         chosen_length, rejected_length: (B,) counted tokens, for the losses that average over them;
             0 for an empty answer, whose mean is 0 (to "orpo" its pair is a tie).
         pair_weight: (B,) factors of the pairs' losses, detached, such as WPO's (Zhou et al. 2024,
             arXiv:2406.11827); None = 1.
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence" with
             f_alpha_divergence_coef (arXiv:2309.16240), for the losses on a difference of scores.
-        discopop_tau, simpo_gamma, cpo_alpha: of the losses called so.
+        discopop_tau (0.05), simpo_gamma (0.5), cpo_alpha (1): of the losses called so.
         num_items: replaces B in the denominator, so that micro-batches and ranks add up.
 
     Returns:

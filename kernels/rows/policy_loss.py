@@ -143,24 +143,25 @@ def policy_loss(
         ref_logp: likewise of the reference policy, for the KL; needed where beta is not 0.
         mask: bool (N,) or (B, T), true = the token counts; elsewhere all results and the
             gradient are 0 whatever the inputs hold. None = every token counts.
-        surrogate: "reinforce", "ppo_clip", "ppo_penalty", "cispo", "cispo_abs", "sapo", "gmpo",
-            "dppo_tv", "dppo_kl", "kl_cov", or one of `register_surrogate`; see SURROGATES.
-        epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high];
+        surrogate: "reinforce", "ppo_clip" (the default), "ppo_penalty", "cispo", "cispo_abs",
+            "sapo", "gmpo", "dppo_tv", "dppo_kl", "kl_cov", or another of SURROGATES, which
+            `register_surrogate` adds to.
+        epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high]; 0.2, and
             epsilon_high None = epsilon.
         delta: bound on the ratio where the advantage is negative (dual clip); None = none.
-        beta: coefficient of the KL term.
-        kl_estimator: "k1", "k2", "k3", or "k3_ratio", which is k3 times pi / pi_old at the
-            importance_sampling_level: its gradient is the reverse KL's, off-policy too. See
-            KL_ESTIMATORS for what the others' gradients estimate.
-        entropy_coef: coefficient of the entropy bonus.
-        temperature: positive; divides the logits before everything else.
-        importance_sampling_level: "token": each token has its own ratio; "sequence": a sequence's
-            tokens share exp(mean of logp - old_logp) (GSPO, arXiv:2507.18071, eq. 7), by rows of
-            (B, T) or by cu_seqlens. The gradient is then made in a pass of its own.
+        beta: coefficient of the KL term; 0.
+        kl_estimator: "k1", "k2", "k3" (the default), or "k3_ratio", which is k3 times pi / pi_old
+            at the importance_sampling_level: its gradient is the reverse KL's, off-policy too.
+            See KL_ESTIMATORS for what the others' gradients estimate.
+        entropy_coef: coefficient of the entropy bonus; 0.
+        temperature: positive, 1; divides the logits before everything else.
+        importance_sampling_level: "token", the default: each token has its own ratio; "sequence":
+            a sequence's tokens share exp(mean of logp - old_logp) (GSPO, arXiv:2507.18071, eq. 7),
+            by rows of (B, T) or by cu_seqlens. The gradient is then made in a pass of its own.
         importance_sampling_ratio: (N,), (B, T) or (B,): detached weights on the surrogate alone.
-        loss_agg_mode, num_items, norm_length, cu_seqlens: how tokens become one scalar; see
-            `token_weight`. With `num_items` counted over the full batch, micro-batches and ranks
-            add up to its loss and gradient exactly.
+        loss_agg_mode, num_items, norm_length, cu_seqlens: how tokens become one scalar,
+            "token-mean" if not said otherwise; see `token_weight`. With `num_items` counted over
+            the full batch, micro-batches and ranks add up to its loss and gradient exactly.
         surrogate_params: further parameters of the surrogate, by name; the table has defaults.
         inplace_backward: permits the logits' storage to take the gradient, already in this call;
             the logits are then used up. Under torch.compile the graph plans its own memory and
