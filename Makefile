@@ -18,7 +18,7 @@ CROSS_CHECKS := tests/test_against_trl.py tests/test_against_torchrl.py tests/te
 PEER_TESTS := tests_integrations/test_*verl*.py tests_integrations/test_openrlhf.py
 PIP := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-integrations test-vllm lint bench gpu clean
+.PHONY: demo test test-integrations test-vllm lint docs bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -45,7 +45,7 @@ lint: $(VENV)/.installed
 
 # The site, in build/site; nothing is fetched once the environment is there.
 docs: $(VENV)/.installed-docs
-	$(RUN) docs/gather.py build/docs
+	$(RUN) docs/gather.py build/docs build/source
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 bench: $(VENV)/.installed-bench

@@ -1,6 +1,6 @@
 """Gather the site's pages: the repository's Markdown as it lies, and pages made from the code.
 
-    python docs/gather.py build/docs
+    python docs/gather.py build/docs build/source
 
 Made from the code are the functions (from their docstrings), each trainer's options (from its
 dataclass) and the index of papers (from what docstrings and comments cite).
@@ -60,8 +60,7 @@ def functions() -> str:
 
     parts = ["# The functional API\n\n`import rlcore as rl`; each name is `rl.NAME`.\n"]
     for name in sorted(rlcore._HOMES, key=lambda name: (name[0].isupper(), name)):
-        home = rlcore._HOMES[name]  # kernels/ is found as it lies, not by its installed name
-        parts.append(f"::: {'' if home.startswith('kernels.') else 'rlcore.'}{home}.{name}\n")
+        parts.append(f"::: rlcore.{rlcore._HOMES[name]}.{name}\n")
     return "\n".join(parts)
 
 
@@ -101,5 +100,18 @@ def gather(target: Path) -> None:
         (reference / f"{made.__name__}.md").write_text(made(), "utf-8")
 
 
+def copy_source(target: Path) -> None:
+    """The library as it installs, for mkdocstrings.
+
+    Where it lies rlcore/kernels is a link without an __init__, which is not followed, and another
+    package may be installed as `kernels`.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "rlcore", target / "rlcore", ignore=ignored)
+    (target / "rlcore" / "kernels" / "__init__.py").touch()
+
+
 if __name__ == "__main__":
     gather(Path(sys.argv[1]).resolve())
+    copy_source(Path(sys.argv[2]).resolve())

@@ -87,3 +87,13 @@ def test_the_recipes_page_names_every_recipe():
     text = (ROOT / "recipes" / "README.md").read_text("utf-8")
     files = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
     assert set(re.findall(r"--config recipes/([\w.]+)", text)) == files
+
+
+def test_the_site_finds_every_function_in_the_source_that_is_copied_for_it(tmp_path):
+    pages.copy_source(tmp_path)
+    for line in re.findall(r"^::: (.+)$", pages.functions(), re.MULTILINE):
+        module, _, name = line.rpartition(".")
+        source = (tmp_path / f"{module.replace('.', '/')}.py").read_text("utf-8")
+        assert re.search(rf"^(def|class) {name}\b|^{name}\b.* = ", source, re.MULTILINE), line
+    packages = {path.parent for path in tmp_path.rglob("*.py")}
+    assert all((package / "__init__.py").is_file() for package in packages)
