@@ -147,7 +147,7 @@ def test_a_server_that_is_gone_ends_the_run_with_its_checkpoint_intact(tmp_path,
             server.faults += [0] * 10_000
         return lengths(prompts, completions)
 
-    config = config_of(tmp_path, server, max_steps=8, save_steps=2, sampler_timeout=0.3)
+    config = config_of(tmp_path, server, max_steps=8, save_steps=2, sampler_timeout=3)
     with pytest.raises(UserError) as raised:
         train_grpo(config, reward_funcs=[closing])
     message = str(raised.value)
