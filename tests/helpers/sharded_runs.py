@@ -75,7 +75,10 @@ def main() -> None:
     let_fsdp_in()
     every_run(directory)
     torch.save(True, directory / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    sys.stderr.flush()
+    # every run is over and saved; a thread of torch's has aborted a process that ended otherwise
+    os._exit(0)
 
 
 if __name__ == "__main__":
