@@ -62,9 +62,12 @@ def checks_types(
             for name, value in chain(zip(names, args, strict=False), kwargs.items()):
                 if name in kinds and not isinstance(value, kinds[name]):
                     _check_type(name, value, kinds[name])
-                if options is not None and name not in known:
+        if options is not None:
+            for name in kwargs:
+                if name not in known:
                     _refuse_unknown(function.__name__, name, known)
-        return function(*args, **{**defaults, **kwargs})
+            kwargs = {**defaults, **kwargs}
+        return function(*args, **kwargs)
 
     if options is not None:
         checked.__signature__ = _listing(inspect.signature(function), annotations, defaults)

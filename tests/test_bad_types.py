@@ -178,6 +178,21 @@ def test_signature_and_annotations_name_every_argument(function):
     assert typing.get_type_hints(call).keys() - {"return"} == parameters.keys()
 
 
+WITH_OPTIONS = ["policy_loss", "linear_policy_loss", "preference_loss", "linear_preference_loss"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("function", WITH_OPTIONS)
+def test_a_misspelled_option_is_refused_compiled_or_not(function, compiled):
+    def call():
+        return getattr(rl, function)(**GOOD[function], tempreature=0.5)
+
+    torch.compiler.reset()
+    run = torch.compile(call, backend="eager") if compiled else call
+    with pytest.raises(TypeError, match=rf"{function}\(\).*'tempreature'"):
+        run()
+
+
 def test_a_numpy_count_is_a_number():
     value = x(B, T)
     loss = rl.value_loss(value, value, value + 1, num_items=np.int64(3))
