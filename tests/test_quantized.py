@@ -125,6 +125,20 @@ def test_a_checkpoint_that_is_quantized_already_is_refused(options, tmp_path):
         train_sft(SFTConfig(**options | {"model": str(tmp_path / "quantized")}))
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_what_is_no_model_is_told_as_without_it(tmp_path, monkeypatch, there):
+    monkeypatch.setattr("rlcore.models.quantized.require_bitsandbytes", lambda: None)
+    name = tmp_path / "model"
+    if there:
+        name.mkdir()
+    said = []
+    for four_bit in (None, "auto"):
+        with pytest.raises(UserError) as raised:
+            load_policy(str(name), four_bit=four_bit)
+        said.append(str(raised.value))
+    assert said[0] == said[1]
+
+
 def in_4bit(name):
     return load_policy(name, four_bit="auto")
 

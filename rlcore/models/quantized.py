@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rlcore.errors import UserError
+from rlcore.models.pretrained import from_pretrained
 
 
 def require_bitsandbytes() -> None:
@@ -31,12 +32,12 @@ def loading_in_4bit(name_or_path: str, trust_remote_code: bool = False) -> dict[
     """What transformers takes to load that model's weights in 4 bit.
 
     Raises:
-        UserError: they are quantized already.
+        UserError: nothing loadable there, or they are quantized already.
     """
     from transformers import AutoConfig, BitsAndBytesConfig
 
     require_bitsandbytes()
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    config = from_pretrained(AutoConfig, "model", name_or_path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"{name_or_path!r} is quantized already, and adapters are merged into whole weights: "
