@@ -25,22 +25,21 @@ from rlcore.data.encoding import Example, collate
 from rlcore.sampling.rewards import RewardLike
 from rlcore.sampling.rollout import Rollout, generate
 from rlcore.trainers.options.distill import DistillConfig, check_distill_config
-from rlcore.trainers.shared.collect import BROKEN, collect
+from rlcore.trainers.shared.collect import BROKEN
 from rlcore.trainers.shared.divergence import stop_together
 from rlcore.trainers.shared.evaluation import evaluate, show_rollout
 from rlcore.trainers.shared.experience import Experience, from_rollout
-from rlcore.trainers.shared.given import Given, Unpack, policy_of, tokenizer_of, with_objects
-from rlcore.trainers.shared.held_out import HeldOut
-from rlcore.trainers.shared.judging import Judge, make_judge
-from rlcore.trainers.shared.loading import load_prompts_and_completions
-from rlcore.trainers.shared.metrics import Clock, Log, Means
-from rlcore.trainers.shared.order import batch_indices, mix_seed, shared_out, summed
-from rlcore.trainers.shared.policies import Policy, as_reference, counted_items, micro_batches
-from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run, total_steps
-from rlcore.trainers.shared.samplers import check_sampler, generated, make_sampler
+from rlcore.trainers.shared.given import Given, Unpack
+from rlcore.trainers.shared.judging import Judge
+from rlcore.trainers.shared.loading import Data, load_prompts_and_completions
+from rlcore.trainers.shared.metrics import Means
+from rlcore.trainers.shared.online import prepare_online
+from rlcore.trainers.shared.order import mix_seed, shared_out, summed
+from rlcore.trainers.shared.policies import Policy, counted_items, micro_batches
+from rlcore.trainers.shared.run import Result, Run
+from rlcore.trainers.shared.samplers import generated
 from rlcore.trainers.shared.stepping import optimizer_step
 from rlcore.trainers.shared.teacher import load_teacher, teacher_divergence
-from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
 __all__ = ["DistillConfig", "train_distill"]
 
@@ -70,52 +69,40 @@ def train_distill(
         UserError: options, data or models that do not work. TrainingDiverged: a loss or gradient
         that is not finite.
     """
-    config = with_objects(config, given)
     config = config if teacher is None else dataclasses.replace(config, teacher=teacher)
-    judge = make_judge(config, reward_funcs)
-    check_distill_config(config, len(judge.functions))
-    accelerator = make_accelerator(config)
-    tokenizer = tokenizer_of(config, given)
-    judge.prepare(tokenizer, accelerator.device)
-    data, examples = load_prompts_and_completions(
-        config, tokenizer, judge, completions=config.learns_from_data
+    examples: list[Example] = []
+
+    def load(config: DistillConfig, tokenizer: Any, judge: Judge) -> Data:
+        data, found = load_prompts_and_completions(
+            config, tokenizer, judge, completions=config.learns_from_data
+        )
+        examples.extend(found)
+        return data
+
+    online = prepare_online(
+        config, reward_funcs, given, check_distill_config, load=load, frozen=load_teacher
     )
-    rows, held_out = data.train, data.held_out
-    model = policy_of(config, dropout=False)
-    check_sampler(config, model)
-    teacher = load_teacher(config, tokenizer, model)
-    data.check_models(tokenizer, model, teacher)
-    prompts = config.prompts_per_process * accelerator.num_processes  # in a step
-    steps = total_steps(config, len(rows), prompts)
-    run = start_run(config, accelerator, model, tokenizer, steps, data=rows, notes=data.notes)
-    run.sampler = make_sampler(run)
-    teacher = as_reference(run, teacher)
-    with tracking(run, given, "Distillation", DISPLAYED) as tracker:
-        log, clock = Log(run, tracker), Clock()
-        held = HeldOut(run, log, clock, held_out, partial(_evaluate, run, judge, teacher))
+    run, teacher = online.run, online.reference
+    measure = partial(_evaluate, run, online.judge, teacher)
+    with online.started("Distillation", DISPLAYED, measure):
         for step in run.steps():
-            chosen = batch_indices(len(rows), prompts, step - 1, config.seed)
-            seed = mix_seed(config.seed, step - 1)
-            if _is_on_policy(config, seed):
-                sampled = collect(run, rows[chosen], judge, seed)
+            seed = online.seed(step - 1)
+            if _is_on_policy(run.config, seed):
+                sampled = online.sample(step - 1)
                 experience, metrics = sampled.experience, sampled.metrics | {"on_policy": 1.0}
-                tokens = metrics.pop("tokens")
             else:
-                mine = _mine(run, chosen)
-                if config.seq_kd:
-                    experience = _of_teacher(run, teacher, rows[mine]["prompt"], seed)
+                mine = _mine(run, online.chosen(step - 1))
+                if run.config.seq_kd:
+                    experience = _of_teacher(run, teacher, online.data.train[mine]["prompt"], seed)
                 else:
                     experience = _of_data(run, [examples[row] for row in mine])
-                tokens = summed(accelerator, float(experience.attention_mask.sum()))
+                tokens = summed(run.accelerator, float(experience.attention_mask.sum()))
                 run.num_tokens += tokens
-                metrics = {"on_policy": 0.0}
-            metrics |= _update(run, step, experience, teacher) | clock.lap(tokens)
-            metrics |= {"num_tokens": run.num_tokens, "epoch": step * prompts / len(rows)}
-            log.add(step, metrics)
-            held.after(step)
-            save_if_due(run, step)
-            clock.skip()
-        return finish_run(run, log)
+                metrics = {"on_policy": 0.0, "tokens": tokens}
+            online.log(step, metrics, _update(run, step, experience, teacher))
+            online.save(step)
+            online.clock.skip()
+        return online.finish()
 
 
 def _is_on_policy(config: DistillConfig, seed: int) -> bool:

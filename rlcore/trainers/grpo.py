@@ -76,7 +76,7 @@ def train_grpo(
             note_advantages(run, experience.advantage)
             for trained in _updates(run, step, experience, online.seed(number)):
                 step += 1
-                online.log(step, sampled, trained)
+                online.log(step, sampled.metrics, trained)
             online.save(step)
         return online.finish()
 

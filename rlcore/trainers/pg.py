@@ -76,7 +76,7 @@ def train_pg(
             sampled = online.sample(step - 1)
             experience = _experience(run, online.critic, online.reference, sampled)
             trained = _update(run, online.critic, step, experience)
-            online.log(step, sampled, trained)
+            online.log(step, sampled.metrics, trained)
             online.save(step)
         return online.finish()
 

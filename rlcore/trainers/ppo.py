@@ -73,7 +73,7 @@ def train_ppo(
             experience, objective = _experience(run, critic, online.reference, sampled)
             trained = _train(run, critic, step, experience, online.seed(step - 1))
             _adapt(run, step, experience, objective)
-            online.log(step, sampled, objective | trained)
+            online.log(step, sampled.metrics, objective | trained)
             online.save(step)
         return online.finish()
 

@@ -75,7 +75,7 @@ def train_trpo(
     value = config.baseline == "value"
     online = prepare_online(
         config, reward_funcs, given, check_trpo_config,
-        critic=value, reference=False, prepare=_freeze_others,
+        critic=value, frozen=None, prepare=_freeze_others,
     )  # fmt: skip
     run, critic = online.run, online.critic
     policy = _policy(run)
@@ -86,7 +86,7 @@ def train_trpo(
             trained = _update(run, step, policy, experience, online.seed(step - 1))
             if critic is not None:
                 trained |= _fit_values(run, critic, step, experience)
-            online.log(step, sampled, trained)
+            online.log(step, sampled.metrics, trained)
             online.save(step)
         return online.finish()
 

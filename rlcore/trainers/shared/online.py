@@ -5,7 +5,7 @@ with online.started("PG", DISPLAYED):
     for step in online.run.steps():
         sampled = online.sample(step - 1)
         ...
-        online.log(step, sampled, trained)
+        online.log(step, sampled.metrics, trained)
         online.save(step)
     return online.finish()
 """
@@ -13,7 +13,7 @@ with online.started("PG", DISPLAYED):
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ from rlcore.trainers.shared.run import Result, Run, make_accelerator, start_run,
 from rlcore.trainers.shared.samplers import check_sampler, make_sampler
 from rlcore.trainers.shared.writing import finish_run, save_if_due, tracking
 
+Measure = Callable[[Any], Mapping[str, float]]  # a held-out set -> its metrics
+
 
 @dataclass
 class Online:
@@ -46,52 +48,60 @@ class Online:
     given: Given
     prompts: int  # of all processes, in a generation batch
     steps: int  # of the run, that it serves
+    clock: Clock = field(init=False)
     _log: Log = field(init=False)
-    _clock: Clock = field(init=False)
     _held: HeldOut = field(init=False)
 
     @contextlib.contextmanager
-    def started(self, name: str, displayed: Sequence[str]) -> Iterator[None]:
-        """While the output directory is the run's; measures the start on held-out prompts."""
+    def started(
+        self, name: str, displayed: Sequence[str], measure: Measure | None = None
+    ) -> Iterator[None]:
+        """While the output directory is the run's; measures the start on held-out prompts.
+
+        `measure` gives held-out prompts their metrics; None: their completions' rewards.
+        """
         run = self.run
+        measure = measure or (lambda some: evaluate(run, some, self.judge))
         with tracking(run, self.given, name, displayed) as tracker:
-            self._log, self._clock = Log(run, tracker), Clock()
-            self._held = HeldOut(
-                run, self._log, self._clock, self.data.held_out,
-                lambda some: evaluate(run, some, self.judge),
-            )  # fmt: skip
+            self._log, self.clock = Log(run, tracker), Clock()
+            self._held = HeldOut(run, self._log, self.clock, self.data.held_out, measure)
             yield
 
     def seed(self, number: int) -> int:
         """Of all that is random in generation batch `number`, from 0."""
         return mix_seed(self.run.config.seed, number)
 
+    def chosen(self, number: int) -> Sequence[int]:
+        """The rows of generation batch `number`, of all processes."""
+        return batch_indices(len(self.data.train), self.prompts, number, self.run.config.seed)
+
     def sample(self, number: int) -> Sampled:
         """Generation batch `number`, from 0: a function of it, the seed and the policy alone."""
-        rows = self.data.train
-        chosen = rows[batch_indices(len(rows), self.prompts, number, self.run.config.seed)]
-        return collect(self.run, chosen, self.judge, self.seed(number))
+        return collect(
+            self.run, self.data.train[self.chosen(number)], self.judge, self.seed(number)
+        )
 
-    def log(self, step: int, sampled: Sampled, trained: Mapping[str, float]) -> None:
-        """Log a step, measure and save where it is time to.
-
-        A batch's tokens count in its first step; it is saved after its last one alone, so that a
-        resumed run starts with a fresh batch.
-        """
-        run, metrics = self.run, dict(sampled.metrics)
-        tokens = metrics.pop("tokens")
-        sampled.metrics["tokens"] = 0
-        metrics |= {**trained, **self._clock.lap(tokens), "num_tokens": run.num_tokens}
+    def log(
+        self, step: int, batch: MutableMapping[str, float], trained: Mapping[str, float]
+    ) -> None:
+        """Log a step, measure where it is time to; a batch's "tokens" count in its first step."""
+        lap = self.clock.lap(batch.pop("tokens", 0))
+        metrics = {**batch, **trained, **lap, "num_tokens": self.run.num_tokens}
         metrics["epoch"] = step / self.steps * self.prompts / len(self.data.train)
         self._log.add(step, metrics)
         self._held.after(step)
 
     def save(self, step: int) -> None:
-        """A checkpoint after a generation batch, where one is due."""
+        """A checkpoint where one is due; not within a batch, as a resumed run starts with one."""
         save_if_due(self.run, step, self.steps)
 
     def finish(self) -> Result:
         return finish_run(self.run, self._log, self.critic and self.critic.save)
+
+
+def _wanted_reference(config: SamplingConfig, tokenizer: Any, policy: Any) -> Any | None:
+    """The reference that the config asks for."""
+    return load_wanted_reference(config, tokenizer)
 
 
 def prepare_online(
@@ -100,8 +110,9 @@ def prepare_online(
     given: Given,
     check: Callable[[Any, int], None],
     *,
+    load: Callable[[Any, Any, Judge], Data] = load_prompts,
     critic: bool = False,
-    reference: bool = True,
+    frozen: Callable[[Any, Any, Any], Any] | None = _wanted_reference,
     prepare: Callable[[Run], None] | None = None,
 ) -> Online:
     """Refuses what can be refused before anything is written: options, data, models, rewards.
@@ -109,7 +120,10 @@ def prepare_online(
     Args:
         reward_funcs, given: what the trainer was given besides the config.
         check: (config, number of reward functions) -> raises UserError for options at odds.
-        critic: whether a value model is trained; reference: whether the config may ask for one.
+        load: (config, tokenizer, judge) -> the run's data.
+        critic: whether a value model is trained.
+        frozen: (config, tokenizer, policy) -> the model in the reference's place; None: there is
+            no such place.
         prepare: what to do to the run before its optimizers are made.
     """
     config = with_objects(config, given)
@@ -118,12 +132,12 @@ def prepare_online(
     accelerator = make_accelerator(config)
     tokenizer = tokenizer_of(config, given)
     judge.prepare(tokenizer, accelerator.device)
-    data = load_prompts(config, tokenizer, judge)
+    data = load(config, tokenizer, judge)
     model = policy_of(config, dropout=False)
     check_sampler(config, model)
     values = load_critic(config, model, tokenizer) if critic else None
-    frozen = load_wanted_reference(config, tokenizer) if reference else None
-    data.check_models(tokenizer, model, values and values.model, frozen)
+    reference = frozen and frozen(config, tokenizer, model)
+    data.check_models(tokenizer, model, values and values.model, reference)
     prompts = config.prompts_per_process * accelerator.num_processes
     total = total_steps(config, len(data.train), prompts / config.steps_per_batch)
 
@@ -136,5 +150,5 @@ def prepare_online(
         config, accelerator, model, tokenizer, total, prepared, data=data.train, notes=data.notes
     )
     run.sampler = make_sampler(run)
-    policy = as_reference(run, frozen) if reference else None
-    return Online(run, judge, data, values, policy, given, prompts, config.steps_per_batch)
+    reference = as_reference(run, reference) if frozen else None
+    return Online(run, judge, data, values, reference, given, prompts, config.steps_per_batch)
