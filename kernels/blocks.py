@@ -16,8 +16,8 @@ AUTOCAST_DEVICES = frozenset(
     if torch.amp.is_autocast_available(device)
 )
 CACHED_BYTES = 3 << 20  # of a block in working precision, for each thread of a CPU
-ALIGNED = 16  # columns of a slice: what keeps its rows at 16-byte boundaries
 GPU_BLOCK_BYTES = 256 << 20  # of a block elsewhere: its operations outlast their launches
+ALIGNED = 16  # columns of a slice: what keeps its rows at 16-byte boundaries
 
 
 def autocast_enabled(device: str) -> bool:
@@ -43,14 +43,9 @@ def aligned(columns: int) -> int:
     return -(-columns // ALIGNED) * ALIGNED
 
 
-def statistics_dtype(logits: Tensor) -> torch.dtype:
-    """float64 for float64 logits, else float32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
+def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any of the tensors is, else float32."""
-    return max((statistics_dtype(t) for t in tensors), key=lambda dtype: dtype.itemsize)
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 class RowStatistics(NamedTuple):

@@ -77,7 +77,6 @@ class Parameters:
 
 POSITIVE = ("beta", "discopop_tau")  # of the parameters
 Formula = Callable[[Pairs, Parameters], Tensor]
-# (chosen, rejected, a, b, alpha) -> a score(chosen) - b score(rejected)
 
 
 @dataclass(frozen=True)

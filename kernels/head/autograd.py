@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -28,13 +30,16 @@ class LinearPolicyLoss(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * ctx.inputs
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        # autograd rounds them to their inputs' dtypes, which they may be wider than
-        gradients = [None if g is None else scaled(g, dloss, keep) for g in ctx.saved_tensors]
-        return *gradients, *(None,) * (ctx.inputs - 3)
+        return *scaled(ctx.saved_tensors, dloss), *(None,) * (ctx.inputs - 3)
 
 
-def scaled(gradient: Tensor, scale: Tensor, keep: bool) -> Tensor:
+def scaled(gradients: Sequence[Tensor | None], scale: Tensor) -> list[Tensor | None]:
+    """Each * scale, which autograd rounds to its input's dtype."""
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    return [None if g is None else _scaled(g, scale, keep) for g in gradients]
+
+
+def _scaled(gradient: Tensor, scale: Tensor, keep: bool) -> Tensor:
     """gradient * scale, in its own memory unless it must be kept for another backward."""
     if keep:
         gradient = gradient.clone()

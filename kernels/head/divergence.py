@@ -9,20 +9,17 @@ derivative by each token is known in the forward, which then makes the gradients
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..blocks import accumulator_dtype, statistics_dtype
+from ..blocks import statistics_dtype
 from ..checks import check_denominators, checks_types
 from ..rows.categorical_divergence import check_kind
 from .autograd import scaled
 from .kl import divergence_of_heads
 from .kl_passes import kl_pass
-from .products import gradient_dtype
-from .two_heads import HeadPair, op_runs, prepare_pair, runs_of
+from .two_heads import HeadPair, empty_gradients, op_runs, prepare_pair, runs_of
 
 
 class _LinearDivergenceLoss(torch.autograd.Function):
@@ -38,9 +35,7 @@ class _LinearDivergenceLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = [None if g is None else scaled(g, dloss, keep) for g in ctx.saved_tensors]
-        return *gradients, *(None,) * 4
+        return *scaled(ctx.saved_tensors, dloss), *(None,) * 4
 
 
 @torch.library.custom_op("rlcore::linear_divergence_loss", mutates_args=())
@@ -75,15 +70,9 @@ def linear_divergence_loss_op(
 
 @linear_divergence_loss_op.register_fake
 def _(p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask, scale, *options):
-    loss = mask.new_empty((), dtype=accumulator_dtype(p_hidden, q_hidden))
-    gradients = []
-    for hidden, weight, bias in ((p_hidden, p_weight, p_bias), (q_hidden, q_weight, q_bias)):
-        waiting = {"memory_format": torch.contiguous_format, "dtype": gradient_dtype(weight.dtype)}
-        gradients += [partial(torch.empty_like, tensor, **waiting) for tensor in (hidden, weight)]
-        summed = waiting | {"dtype": statistics_dtype(weight)}
-        gradients.append(partial(torch.empty_like, bias, **summed))
-    made = zip(gradients, options[-2], strict=True)
-    return loss, *(gradient() if need else loss.new_empty(0) for gradient, need in made)
+    loss = mask.new_empty((), dtype=statistics_dtype(p_hidden, q_hidden))
+    inputs = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias)
+    return loss, *empty_gradients(inputs, options[-2], loss, waiting=True)
 
 
 def _setup_context(ctx, inputs, output):
@@ -178,7 +167,7 @@ def _loss(
 ) -> Tensor:
     """The summed divergence over num_items."""
     p_hidden, q_hidden = pair.tensors[0], pair.tensors[3]
-    dtype = torch.promote_types(*(statistics_dtype(hidden) for hidden in (p_hidden, q_hidden)))
+    dtype = statistics_dtype(p_hidden, q_hidden)
     scale = 1 / torch.as_tensor(num_items, dtype=dtype, device=p_hidden.device).detach().reshape(())
     # float16's unit is that of the largest divergence, which is not known before the end
     in_pieces = torch.float16 in (p_hidden.dtype, q_hidden.dtype) or not any(pair.needs_of_both)

@@ -9,17 +9,15 @@ both gradients at once.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..blocks import accumulator_dtype, statistics_dtype
+from ..blocks import statistics_dtype
 from ..checks import checks_types
 from ..implementation import implementation
 from .kl_passes import kl_backward, kl_pass, scale_unit_gradients
-from .two_heads import HeadPair, op_runs, prepare_pair, runs_of
+from .two_heads import HeadPair, empty_gradients, op_runs, prepare_pair, runs_of
 
 
 class _LinearCategoricalKL(torch.autograd.Function):
@@ -78,7 +76,7 @@ def linear_categorical_kl_op(
 
 @linear_categorical_kl_op.register_fake
 def _(p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask, *options):
-    dtype = accumulator_dtype(p_hidden, q_hidden)
+    dtype = statistics_dtype(p_hidden, q_hidden)
     by_rows = implementation(options[-1]).KEEPS_SOFTMAX and options[-3] is None
     shapes = [mask.shape] + [mask.shape if by_rows else (0,)] * 4
     return tuple(torch.empty(shape, dtype=dtype, device=mask.device) for shape in shapes)
@@ -117,15 +115,8 @@ def linear_categorical_kl_backward_op(
 
 @linear_categorical_kl_backward_op.register_fake
 def _(p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask, statistics, dkl, *options):
-    like = {"memory_format": torch.contiguous_format}
-    gradients = []
-    for hidden, weight, bias in ((p_hidden, p_weight, p_bias), (q_hidden, q_weight, q_bias)):
-        gradients += [partial(torch.empty_like, tensor, **like) for tensor in (hidden, weight)]
-        gradients.append(partial(torch.empty_like, bias, dtype=statistics_dtype(weight), **like))
-    return tuple(
-        gradient() if need else dkl.new_empty(0)
-        for gradient, need in zip(gradients, options[-2], strict=True)
-    )
+    inputs = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias)
+    return empty_gradients(inputs, options[-2], dkl)
 
 
 def _setup_context(ctx, inputs, output):

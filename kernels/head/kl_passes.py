@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import accumulator_dtype, select_rows, statistics_dtype, without_autocast
+from ..blocks import select_rows, statistics_dtype, without_autocast
 from ..implementation import implementation
 from ..rows.categorical_divergence import rows_backward, rows_forward
 from .chunks import Chunk, Gathered, Gradients3, Run, at_rows, store_rows, unit_of
@@ -167,7 +167,7 @@ def kl_pass(
     if not makes_gradient:
         runs = tuple(Run(run.head, plan, FROZEN, backend) for run in runs)
     sides = _two_sides((p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias), runs)
-    dtype = accumulator_dtype(p_hidden, q_hidden)
+    dtype = statistics_dtype(p_hidden, q_hidden)
     keeps = jsd_beta is None and implementation(backend).KEEPS_SOFTMAX
     present = (True, *(keeps,) * 4)
     statistics = [mask.new_zeros(mask.shape, dtype=dtype) if p else None for p in present]

@@ -194,9 +194,7 @@ class _LinearPreferenceLoss(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 7
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = [None if g is None else scaled(g, dloss, keep) for g in ctx.saved_tensors]
-        return *gradients, None, None, None, None
+        return *scaled(ctx.saved_tensors, dloss), None, None, None, None
 
 
 @without_autocast

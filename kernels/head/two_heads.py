@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
+from ..blocks import statistics_dtype
 from ..checks import check_finite, check_positive
 from ..rows.categorical_kl import check_logits, check_mask
 from .chunks import Run
 from .inputs import prepare_head
 from .kl_passes import make_pair_plan
-from .products import Head
+from .products import Head, gradient_dtype
 from .tokens import is_plain, needs_of
 
 
@@ -104,6 +106,25 @@ def op_runs(p_hidden, p_weight, q_hidden, q_weight, options: tuple) -> tuple[Run
     matrices = [(p_hidden, p_weight), (q_hidden, q_weight)]
     needs = [tuple(needs[:3]), tuple(needs[3:])]
     return _make_runs(matrices, heads, needs, chunk_bytes, backend, False)
+
+
+def empty_gradients(
+    inputs: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor, *, waiting: bool = False
+) -> tuple[Tensor, ...]:
+    """Memory for the gradients of p's hidden, weight and bias, then q's.
+
+    One of no elements, in the dtype of `like`, where unneeded. A bias has its gradient in
+    float32 or wider, and `waiting` for the upstream one the others have theirs as
+    `gradient_dtype` says.
+    """
+    gradients = []
+    for (hidden, weight, bias), side in ((inputs[:3], needs[:3]), (inputs[3:], needs[3:])):
+        own = gradient_dtype(weight.dtype) if waiting else weight.dtype
+        dtypes = (own, own, statistics_dtype(weight))
+        for tensor, dtype, need in zip((hidden, weight, bias), dtypes, side, strict=True):
+            shape, dtype = (tensor.shape, dtype) if need else ((0,), like.dtype)
+            gradients.append(torch.empty(shape, dtype=dtype, device=like.device))
+    return tuple(gradients)
 
 
 def _make_runs(matrices, heads, needs, chunk_bytes, backend, keeps) -> tuple[Run, Run]:

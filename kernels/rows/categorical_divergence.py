@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import resolve_backend, takes_short_way
-from ..blocks import accumulator_dtype
+from ..blocks import statistics_dtype
 from ..checks import check_finite, check_name, check_numbers, check_positive, checks_types
 from ..implementation import implementation
 from ..torch_backend.divergences import jsd_backward, jsd_forward
@@ -27,7 +27,7 @@ def rows_forward(p_logits, q_logits, temperature, backend, jsd_beta: float | Non
     if jsd_beta is None:
         run = implementation(backend)
         return run.categorical_kl_forward(p_logits, q_logits, None, temperature)
-    dtype = accumulator_dtype(p_logits, q_logits)
+    dtype = statistics_dtype(p_logits, q_logits)
     return [jsd_forward(p_logits, q_logits, None, temperature, jsd_beta, dtype), *(None,) * 4]
 
 
@@ -49,7 +49,7 @@ class _JSD(torch.autograd.Function):
     def forward(ctx, p_logits, q_logits, mask, temperature, beta):
         ctx.save_for_backward(p_logits, q_logits, mask)
         ctx.numbers = temperature, beta
-        dtype = accumulator_dtype(p_logits, q_logits)
+        dtype = statistics_dtype(p_logits, q_logits)
         return jsd_forward(p_logits, q_logits, mask, temperature, beta, dtype)
 
     @staticmethod
@@ -80,13 +80,13 @@ def _gradients(p_logits, q_logits, mask, djsd, temperature, beta, needs) -> tupl
 def categorical_jsd_op(
     p_logits: Tensor, q_logits: Tensor, mask: Tensor | None, temperature: float, beta: float
 ) -> Tensor:
-    dtype = accumulator_dtype(p_logits, q_logits)
+    dtype = statistics_dtype(p_logits, q_logits)
     return jsd_forward(p_logits, q_logits, mask, temperature, beta, dtype)
 
 
 @categorical_jsd_op.register_fake
 def _(p_logits, q_logits, mask, temperature, beta):
-    return p_logits.new_empty(p_logits.shape[:-1], dtype=accumulator_dtype(p_logits, q_logits))
+    return p_logits.new_empty(p_logits.shape[:-1], dtype=statistics_dtype(p_logits, q_logits))
 
 
 @torch.library.custom_op("rlcore::categorical_jsd_backward", mutates_args=())

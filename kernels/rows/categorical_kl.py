@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import resolve_backend, takes_short_way
-from ..blocks import accumulator_dtype
+from ..blocks import statistics_dtype
 from ..checks import FLOATS, check_finite, check_per_token, check_positive, checks_types
 from ..implementation import implementation
 
@@ -59,7 +59,7 @@ def categorical_kl_op(
 def _(p_logits, q_logits, mask, temperature, backend):
     keeps = implementation(backend).KEEPS_SOFTMAX
     shapes = [p_logits.shape[:-1]] + [p_logits.shape[:-1] if keeps else (0,)] * 4
-    dtype = accumulator_dtype(p_logits, q_logits)
+    dtype = statistics_dtype(p_logits, q_logits)
     return tuple(torch.empty(shape, dtype=dtype, device=p_logits.device) for shape in shapes)
 
 

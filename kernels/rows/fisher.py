@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend, takes_short_way
-from ..blocks import accumulator_dtype
+from ..blocks import statistics_dtype
 from ..checks import check_finite, check_positive, checks_types
 from ..implementation import implementation
 from .categorical_kl import check_pair
@@ -17,7 +17,7 @@ from .categorical_kl import check_pair
 
 def _product(logits: Tensor, tangent: Tensor, temperature: float, backend: str) -> Tensor:
     product = torch.empty(tangent.shape, dtype=tangent.dtype, device=tangent.device)
-    dtype = accumulator_dtype(logits, tangent)
+    dtype = statistics_dtype(logits, tangent)
     implementation(backend).fisher_vector_product(logits, tangent, product, temperature, dtype)
     return product
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..blocks import Matrix, accumulator_dtype, rows_per_block, select_rows, without_autocast
+from ..blocks import Matrix, rows_per_block, select_rows, statistics_dtype, without_autocast
 
 
 @without_autocast
 def categorical_kl_forward(p_logits, q_logits, mask, temperature) -> list[Tensor | None]:
     """[KL(p || q), zeros where the mask is false, and four statistics that are not kept]."""
-    dtype = accumulator_dtype(p_logits, q_logits)
+    dtype = statistics_dtype(p_logits, q_logits)
     kl = torch.zeros(p_logits.shape[:-1], dtype=dtype, device=p_logits.device)
     p_matrix, q_matrix, pair = Matrix(p_logits), Matrix(q_logits), Pair(p_logits, dtype)
     for rows in select_rows(mask, kl.numel(), pair.size):

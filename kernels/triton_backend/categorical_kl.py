@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backend import tl, triton
-from ..blocks import accumulator_dtype
+from ..blocks import statistics_dtype
 from .launch import number, row_strides, same_phase, with_unit_stride
 from .sweep import FLOOR, LOG2E, row_offset
 from .tiles import (
@@ -270,7 +270,7 @@ def _launch_values(*tensors: Tensor) -> Launch:
 def categorical_kl_forward(p_logits, q_logits, mask, temperature):
     """[KL(p || q), max a, log P, max b, log Q], zeros where the mask is false."""
     p_logits, q_logits = with_unit_stride(p_logits), with_unit_stride(q_logits)
-    dtype = accumulator_dtype(p_logits, q_logits)
+    dtype = statistics_dtype(p_logits, q_logits)
     results = [p_logits.new_empty(p_logits.shape[:-1], dtype=dtype) for _ in range(5)]
     if results[0].numel():
         categorical_kl_forward_kernel[(results[0].numel(),)](

@@ -26,6 +26,7 @@ from .sweep import (
     target_logit,
 )
 
+KEEPS_SOFTMAX = True  # a backward takes row_max and log_sum from the forward
 UNSPECIALIZED = ["vocabulary", "rows_per_batch", "stride_b", "stride_t", "dstride_b", "dstride_t"]
 
 
@@ -138,9 +139,6 @@ def token_logprob_backward_kernel(
         )  # fmt: skip
     else:
         store_row_constant(Drow, vocabulary, 0.0, THREADS)
-
-
-KEEPS_SOFTMAX = True  # a backward takes row_max and log_sum from the forward
 
 
 def token_logprob_forward(
