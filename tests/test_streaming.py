@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from helpers.tiny import most_of, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rlcore.data.encoding import encode_examples
 from rlcore.data.loading import SFT_COLUMNS, load_rows
 from rlcore.data.streaming import Stream
+from rlcore.data.tools import tools_of
 from rlcore.errors import UserError
 from rlcore.runs.tracking import read_metrics
 from rlcore.trainers.sft import SFTConfig, train_sft
@@ -133,6 +134,28 @@ def test_in_tables_messages_have_their_own_fields_alone(tmp_path):
 
 def weights(path):
     return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_tools_have_the_fields_that_they_have_when_read_whole(tmp_path, typed):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tools = ([{"name": "f", "default": None}], [{"name": "g", "other": 1}])
+    message = {"role": Value("string"), "content": Value("string")}
+    # a column of JSON has the nulls that somebody wrote, a column of structs those of its type too
+    features = Features({"messages": List(message), "tools": Json()}) if typed else None
+    data = [{"messages": talk, "tools": each} for each in tools]
+    Dataset.from_list(data, features=features).to_parquet(str(tmp_path / "rows.parquet"))
+    source, streamed = str(tmp_path / "rows.parquet"), []
+
+    def encode(rows):
+        streamed.extend(tools_of(row["messages"]) for row in rows)
+        return encode_examples(tiny_tokenizer(), load_rows(str(plain), SFT_COLUMNS))
+
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"text": "3 pears"}')
+    Stream(source, SFT_COLUMNS, encode, buffer_size=1, seed=0).first()
+    assert streamed == [tools_of(row["messages"]) for row in load_rows(source, SFT_COLUMNS)]
+    assert streamed[0] == ([{"name": "f", "default": None}] if typed else [{"name": "f"}])
 
 
 def test_a_run_learns_and_a_resumed_one_ends_where_an_unbroken_one_does(config, tmp_path):

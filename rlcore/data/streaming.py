@@ -6,6 +6,7 @@ takes the place of one drawn from it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from rlcore.data.loading import check_rows
 from rlcore.data.names import parts_of
 from rlcore.data.readers import OPENERS, READERS, file_type, rows_of_file
 from rlcore.data.rows import Part, Rows
-from rlcore.data.tables import TABLES, explained, split_of
+from rlcore.data.tables import TABLES, cleaned, explained, split_of, written_types
 from rlcore.data.tools import TOOLS
 from rlcore.errors import UserError
 
@@ -135,15 +136,21 @@ def _opened(source: Any) -> tuple[str, str, Numbered]:
 
 def _cleaned(table: Iterable[dict[str, Any]], name: str) -> Numbered:
     """Rows that the library datasets reads, what a template writes without null fields."""
+    features = getattr(table, "features", None)
+    clean = _cleaned_by_value
+    if features is not None:
+        clean = functools.partial(cleaned, written=written_types(features))
     with explained(name):
         for number, row in enumerate(table, start=1):
-            yield (
-                number,
-                {
-                    key: _without_null(value) if key == TOOLS or _is_chat(value) else value
-                    for key, value in row.items()
-                },
-            )
+            yield number, clean(row)
+
+
+def _cleaned_by_value(row: dict[str, Any]) -> dict[str, Any]:
+    """Of data whose types are not known before they are read."""
+    return {
+        key: _without_null(value) if key == TOOLS or _is_chat(value) else value
+        for key, value in row.items()
+    }
 
 
 def _is_chat(value: Any) -> bool:

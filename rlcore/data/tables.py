@@ -159,8 +159,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def _rows(dataset: Any, source: str) -> Rows:
-    schema = dataset.features.arrow_schema
-    written = {f.name: f.type for f in schema if _is_chat(f.type) or f.name == TOOLS}
+    schema, written = dataset.features.arrow_schema, written_types(dataset.features)
     rows = Rows(
         _Table(dataset, written),
         [Part(source, "row", range(1, len(dataset) + 1))],
@@ -192,7 +191,17 @@ class _Table(Sequence):
         return map(self._cleaned, self._dataset)
 
     def _cleaned(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row | {name: _clean(row[name], kind) for name, kind in self._written.items()}
+        return cleaned(row, self._written)
+
+
+def written_types(features: Any) -> dict[str, pa.DataType]:
+    """{name: type} of the columns that a template writes, of a dataset's features."""
+    return {f.name: f.type for f in features.arrow_schema if _is_chat(f.type) or f.name == TOOLS}
+
+
+def cleaned(row: dict[str, Any], written: Mapping[str, pa.DataType]) -> dict[str, Any]:
+    """The row, its columns of `written` without the null fields that their types brought."""
+    return row | {name: _clean(row[name], kind) for name, kind in written.items()}
 
 
 def _is_list(kind: pa.DataType) -> bool:
