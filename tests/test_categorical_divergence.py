@@ -12,6 +12,7 @@ from helpers.mutants import TESTS, function, load_kernels, read_mutants, unload
 from torch import Tensor
 
 import rlcore as rl
+import rlcore.kernels.rows.categorical_divergence  # registers the operator tested here
 
 INF = float("inf")
 KINDS = ["forward_kl", "reverse_kl", "jsd"]

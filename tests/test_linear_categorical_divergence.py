@@ -10,6 +10,7 @@ from helpers.mutants import TESTS, function, load_kernels, read_mutants, unload
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlcore as rl
+import rlcore.kernels.head.divergence  # registers the operator tested here
 
 MUTANTS = read_mutants(TESTS / "mutants" / "head_pairs" / "linear_categorical_divergence.txt")
 LOSS_MUTANTS = read_mutants(TESTS / "mutants" / "head_pairs" / "linear_divergence_loss.txt")

@@ -11,6 +11,7 @@ from helpers.mutants import TESTS, function, load_kernels, read_mutants, unload
 from torch import Tensor
 
 import rlcore as rl
+import rlcore.kernels.rows.topk_divergence  # registers the operator tested here
 
 INF = float("inf")
 MUTANTS = read_mutants(TESTS / "mutants" / "divergences" / "topk_divergence.txt")

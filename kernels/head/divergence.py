@@ -72,7 +72,7 @@ def linear_divergence_loss_op(
 def _(p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias, mask, scale, *options):
     loss = mask.new_empty((), dtype=statistics_dtype(p_hidden, q_hidden))
     inputs = (p_hidden, p_weight, p_bias, q_hidden, q_weight, q_bias)
-    return loss, *empty_gradients(inputs, options[-2], loss, waiting=True)
+    return loss, *empty_gradients(inputs, options[-2], loss)
 
 
 def _setup_context(ctx, inputs, output):

@@ -160,7 +160,8 @@ def kl_pass(
     """[divergence, max a, log P, max b, log Q], (N,) or None; what the plan keeps of p and q.
 
     With a `scale`, a loss's derivative by each divergence, what is kept are the loss's gradients:
-    of p's hidden, weight and bias, then of q's, in the dtypes that gradients wait in.
+    of p's hidden, weight and bias, then of q's. Neither side is float16 then: such a gradient
+    would have to wait for its factor in float32.
     """
     plan, backend = runs[0].plan, runs[0].backend
     makes_gradient = plan.strategy == "unit-gradient" or scale is not None
@@ -184,9 +185,7 @@ def kl_pass(
     if plan.strategy == "kept-logits":
         saved = [side.chunk.z for side in sides]  # one chunk holds every counted token
     if scale is not None:
-        waiting = [gradient_dtype(side.weight.dtype) for side in sides]
-        gathered = zip(sides, waiting, strict=True)
-        saved = [g for side, dtype in gathered for g in side.gathered.finish(dtype)]
+        saved = _finished(sides)
     elif makes_gradient:
         saved = [side.gathered.dhidden for side in sides]
     return statistics, saved
@@ -237,4 +236,9 @@ def kl_backward(
         ]
         row = at_rows(statistics, rows)
         _gather_gradients(sides, logits, row, dkl[rows], runs, jsd_beta, unit)
+    return _finished(sides)
+
+
+def _finished(sides: tuple[_Side, _Side]) -> Gradients3:
+    """What p's side has gathered, then q's."""
     return [gradient for side in sides for gradient in side.gathered.finish(side.weight.dtype)]

@@ -15,7 +15,7 @@ from ..rows.categorical_kl import check_logits, check_mask
 from .chunks import Run
 from .inputs import prepare_head
 from .kl_passes import make_pair_plan
-from .products import Head, gradient_dtype
+from .products import Head
 from .tokens import is_plain, needs_of
 
 
@@ -109,18 +109,16 @@ def op_runs(p_hidden, p_weight, q_hidden, q_weight, options: tuple) -> tuple[Run
 
 
 def empty_gradients(
-    inputs: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor, *, waiting: bool = False
+    inputs: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor
 ) -> tuple[Tensor, ...]:
     """Memory for the gradients of p's hidden, weight and bias, then q's.
 
-    One of no elements, in the dtype of `like`, where unneeded. A bias has its gradient in
-    float32 or wider, and `waiting` for the upstream one the others have theirs as
-    `gradient_dtype` says.
+    One of no elements, in the dtype of `like`, where unneeded. A bias has its gradient in float32
+    or wider, the others in their weight's dtype.
     """
     gradients = []
     for (hidden, weight, bias), side in ((inputs[:3], needs[:3]), (inputs[3:], needs[3:])):
-        own = gradient_dtype(weight.dtype) if waiting else weight.dtype
-        dtypes = (own, own, statistics_dtype(weight))
+        dtypes = (weight.dtype, weight.dtype, statistics_dtype(weight))
         for tensor, dtype, need in zip((hidden, weight, bias), dtypes, side, strict=True):
             shape, dtype = (tensor.shape, dtype) if need else ((0,), like.dtype)
             gradients.append(torch.empty(shape, dtype=dtype, device=like.device))
